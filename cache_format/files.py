@@ -1,0 +1,46 @@
+"""Files that are whole or absent: written beside, synced, renamed."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from google_crc32c import value as crc32c
+
+from .errors import DamagedCacheError
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one step; after a crash the path holds the old file, the new one, or none."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def sync_folders(folders: Iterable[Path]) -> None:
+    """Make renames inside `folders` durable."""
+    for folder in folders:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """crc32c in eight hex digits."""
+    return f"{crc32c(bytes(data)):08x}"
+
+
+def read_file(path: Path) -> bytes:
+    """All bytes of a file that the cache must have."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DamagedCacheError(f"{path} is missing; copy it again or harvest again") from None

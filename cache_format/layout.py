@@ -1,0 +1,82 @@
+"""Names of arrays and files, and the place of every token: pure integers, no disk.
+
+A *window* of tokens is written together; a *shard* is one window of one layer, one file; a *chunk* is
+CHUNK tokens of one layer, the unit of decoding.
+"""
+
+from typing import Final
+
+import numpy as np
+
+FORMAT_VERSION: Final = 1
+CHUNK: Final = 64
+"""Tokens decoded at a time."""
+BLOCK: Final = 64
+"""Channels that share one scale."""
+
+SITES: Final = ("mlp_in", "mlp_out")
+SPLITS: Final = ("train", "val")
+KINDS: Final = ("text", "image", "bos", "template")
+"""Index = the number stored in token/kind."""
+N_GROUPS: Final = 2 * len(KINDS)
+"""Statistics are kept apart by kind, and for each kind by sink or not: group = kind + 4 * sink."""
+
+TOKEN_COLUMNS: Final = {
+    "sample": np.dtype("<i4"),
+    "position": np.dtype("<i4"),
+    "token_id": np.dtype("<i4"),
+    "kind": np.dtype("u1"),
+    "row": np.dtype("<i2"),
+    "col": np.dtype("<i2"),
+    "sink": np.dtype("u1"),
+}
+STATISTICS: Final = ("sum", "square", "noise", "absmax")
+
+JOURNAL: Final = "journal"
+SAMPLES: Final = "samples"
+REJECTED: Final = "rejected"
+
+
+def log_name(log: str, rank: int) -> str:
+    """File of one writer's log: `journal.jsonl` for rank 0, `journal-00003.jsonl` for rank 3."""
+    return f"{log}.jsonl" if rank == 0 else f"{log}-{rank:05d}.jsonl"
+
+
+def values_array(split: str, site: str) -> str:
+    return f"{split}/{site}"
+
+
+def scale_array(split: str, site: str) -> str:
+    return f"{split}/{site}_scale"
+
+
+def token_array(split: str, column: str) -> str:
+    return f"{split}/token/{column}"
+
+
+def statistic_array(split: str, site: str, statistic: str) -> str:
+    return f"stats/{split}/{site}/{statistic}"
+
+
+def count_array(split: str) -> str:
+    return f"stats/{split}/count"
+
+
+def shard_file(array: str, window: int, layer_index: int) -> str:
+    """Zarr's key of the shard: token axis, layer axis, channel axis."""
+    return f"{array}/c.{window}.{layer_index}.0"
+
+
+def window_file(array: str, window: int, ndim: int) -> str:
+    """Zarr's key of an array that has one chunk a window: token columns (1-d) and statistics."""
+    return f"{array}/c." + ".".join([str(window), *["0"] * (ndim - 1)])
+
+
+def n_chunks(tokens: int) -> int:
+    """Chunks that hold `tokens` tokens; the last may be partly filled."""
+    return -(-tokens // CHUNK)
+
+
+def n_blocks(d_model: int) -> int:
+    """Scales of one vector; the last block may be narrower than BLOCK."""
+    return -(-d_model // BLOCK)

@@ -1,0 +1,90 @@
+"""One shard file: the chunks of one window and one layer, and behind them an index of where each lies.
+
+Zarr's `sharding_indexed` layout: chunk bytes in token order, then for each chunk two little-endian uint64
+(offset, size; both 2**64 - 1 for a chunk that was not written), then the crc32c of the index.
+"""
+
+import mmap
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from google_crc32c import value as crc32c
+
+from .codec import decode_chunk
+from .errors import DamagedCacheError
+
+_ABSENT = np.uint64(2**64 - 1)
+
+
+def build_shard(chunks: Sequence[bytes], slots: int) -> bytes:
+    """Bytes of a shard with `slots` places, of which the first len(chunks) are filled."""
+    index = np.full((slots, 2), _ABSENT, "<u8")
+    sizes = np.array([len(chunk) for chunk in chunks], "<u8")
+    index[: len(chunks), 0] = np.cumsum(sizes) - sizes
+    index[: len(chunks), 1] = sizes
+    footer = index.tobytes()
+    return b"".join([*chunks, footer, crc32c(footer).to_bytes(4, "little")])
+
+
+class Shard:
+    """An open shard: the index is checked once, chunks are decoded where they lie.
+
+    `io` is "mmap" (decode from the page cache without a copy) or "pread" (one read a chunk; for network
+    file systems, where page faults are slow). Thread-safe. Memory: the index, 16 bytes a chunk.
+    """
+
+    def __init__(self, path: Path, slots: int, io: str = "mmap") -> None:
+        self.path = path
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise DamagedCacheError(f"{path} is missing; copy it again or harvest again") from None
+        closer = weakref.finalize(self, os.close, descriptor)
+        size = os.fstat(descriptor).st_size
+        if size < 16 * slots + 4:
+            raise DamagedCacheError(f"{path} is cut short: {size} bytes cannot hold an index of {slots} chunks")
+        self._descriptor = descriptor
+        self._map: mmap.mmap | None = None
+        if io == "mmap":
+            self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+            closer()
+        self._index = self._read_index(size, slots)
+
+    def decode(self, slot: int, out: npt.NDArray[Any]) -> None:
+        """Fill the contiguous array `out` with chunk `slot`; DamagedCacheError names file and chunk."""
+        start, size = (int(word) for word in self._index[slot])
+        if size == 0:
+            raise DamagedCacheError(f"{self.path}, chunk {slot}: was never written")
+        try:
+            decode_chunk(self._bytes(start, size), out)
+        except DamagedCacheError as fault:
+            raise DamagedCacheError(f"{self.path}, chunk {slot}: {fault}; copy the file again") from fault
+
+    def chunk_sizes(self) -> npt.NDArray[np.int64]:
+        """Stored bytes of each chunk, 0 where absent."""
+        return self._index[:, 1].astype(np.int64)
+
+    def _bytes(self, start: int, size: int) -> memoryview:
+        if self._map is not None:
+            return memoryview(self._map)[start : start + size]
+        data = os.pread(self._descriptor, size, start)
+        if len(data) != size:
+            raise DamagedCacheError(f"expected {size} bytes at {start}, read {len(data)}")
+        return memoryview(data)
+
+    def _read_index(self, file_size: int, slots: int) -> npt.NDArray[np.uint64]:
+        body = file_size - 16 * slots - 4
+        footer = bytes(self._bytes(body, 16 * slots + 4))
+        if crc32c(footer[:-4]) != int.from_bytes(footer[-4:], "little"):
+            raise DamagedCacheError(f"{self.path}: the index's crc32c does not match; copy the file again")
+        index = np.frombuffer(footer[:-4], "<u8").reshape(slots, 2).copy()
+        index[(index == _ABSENT).all(axis=1)] = 0
+        starts, sizes = index.T
+        if (starts > body).any() or (sizes > body - np.minimum(starts, body)).any():
+            raise DamagedCacheError(f"{self.path}: the index points outside the file; copy the file again")
+        return index

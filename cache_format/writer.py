@@ -1,0 +1,398 @@
+"""Writing a cache: samples in, committed windows out, resumable at every window.
+
+    writer = CacheWriter(folder, manifest)
+    for each sample of a split, from writer.cursor(split) on:
+        writer.add(split, cursor, sample, columns, values)
+    writer.finish()
+
+A full window is encoded and written by threads while the next one fills; its journal line, written after
+all its files are durable, is the commit. A killed process therefore loses at most the windows that were
+being filled. Adding again from the cursor writes, byte for byte, what would have been written without the kill.
+
+Memory: three windows (one of each split filling, one being written) and a shard for each thread.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from google_crc32c import extend
+
+from . import layout
+from .codec import encode_chunk
+from .errors import CacheError
+from .files import checksum, sync_folders, write_file
+from .journal import (
+    FileEntry,
+    Journal,
+    LogSizes,
+    WindowEntry,
+    append,
+    final_line,
+    header_line,
+    read_journal,
+    window_line,
+)
+from .manifest import Manifest
+from .metadata import ROOT, documents
+from .reader import read_extents, read_manifest, read_site_sums
+from .statistics import SiteSums
+from .window import Columns, Window
+
+Values = dict[str, npt.NDArray[Any]]
+
+
+@dataclass
+class _Stream:
+    """Where one split stands: what is committed, and the window that fills."""
+
+    committed: int = 0
+    """Tokens in the journal."""
+    windows: int = 0
+    """Windows handed to the encoder or committed."""
+    cursor: int = 0
+    """The producer's cursor of what was added last."""
+    since_cursor: int = 0
+    """Tokens added since that cursor."""
+    to_skip: int = 0
+    """Tokens that a resumed producer delivers again and that are committed already."""
+    sums: dict[str, SiteSums] = field(default_factory=dict)
+    count: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(layout.N_GROUPS, np.int64))
+    filling: Window | None = None
+
+    @property
+    def added(self) -> int:
+        return self.committed + (self.filling.tokens if self.filling else 0)
+
+
+@dataclass
+class _Log:
+    """A .jsonl beside the journal; lines wait here until a window commits them."""
+
+    path: Path
+    size: int
+    """Committed bytes."""
+    crc: int
+    """crc32c of the committed bytes, carried on as lines are added."""
+    known: set[int]
+    """Samples that have a line already."""
+    waiting: bytearray = field(default_factory=bytearray)
+
+    def add(self, sample: int, line: dict[str, Any]) -> None:
+        if sample not in self.known:
+            self.known.add(sample)
+            self.waiting += json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+    def commit(self, lines: bytes) -> FileEntry:
+        """Write lines behind what is committed, over whatever a crash left there."""
+        with open(self.path, "r+b") as file:
+            file.truncate(self.size)
+            file.seek(self.size)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self.size += len(lines)
+        self.crc = extend(self.crc, lines)
+        return FileEntry(self.size, f"{self.crc:08x}")
+
+
+class CacheWriter:
+    """One process's hand on a cache; `max_tokens` bounds split train (of this rank)."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        rank: int = 0,
+        threads: int = 2,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.folder, self.manifest, self.rank, self.max_tokens = folder, manifest, rank, max_tokens
+        self.bytes_written = 0
+        """Bytes of the files that this process committed."""
+        self._committed_here = 0
+        _begin(folder, manifest)
+        self._journal_fd = _lock(folder / layout.log_name(layout.JOURNAL, rank))
+        journal = read_journal(folder, rank)
+        self.complete = journal.complete
+        self._streams = {split: _Stream() for split in layout.SPLITS}
+        self._samples = _open_log(folder / layout.log_name(layout.SAMPLES, rank), journal.logs.samples)
+        self._rejected = _open_log(folder / layout.log_name(layout.REJECTED, rank), journal.logs.rejected)
+        self._restore(journal)
+        self._encoders = ThreadPoolExecutor(threads, "clt-encode")
+        self._quantisers = ThreadPoolExecutor(threads, "clt-quantise")
+        self._committer = ThreadPoolExecutor(1, "clt-commit")
+        self._commits: list[Future[None]] = []
+
+    def __enter__(self) -> "CacheWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def cursor(self, split: str) -> int:
+        """Where the producer must start again in this split."""
+        return self._streams[split].cursor
+
+    def committed(self, split: str) -> int:
+        """Tokens that are safe on disk (of this rank)."""
+        return self._streams[split].committed
+
+    @property
+    def has_tokens(self) -> bool:
+        """Something is committed or waits in a window."""
+        return any(stream.added for stream in self._streams.values())
+
+    @property
+    def committed_here(self) -> int:
+        """Tokens that this process committed."""
+        return self._committed_here
+
+    def skippable(self, split: str, cursor: int, tokens: int) -> bool:
+        """Whether the next `tokens` tokens are committed already; if so, counts them as added."""
+        stream = self._streams[split]
+        self._at_cursor(stream, cursor)
+        if not 0 < tokens <= stream.to_skip:
+            return False
+        stream.to_skip -= tokens
+        stream.since_cursor += tokens
+        return True
+
+    @property
+    def full(self) -> bool:
+        """No more tokens of split train are wanted."""
+        return self.max_tokens is not None and self._streams["train"].added >= self.max_tokens
+
+    def add(
+        self, split: str, cursor: int, sample: dict[str, Any], columns: Columns, values: Values
+    ) -> None:
+        """Store one sample's tokens.
+
+        sample: the line for samples.jsonl; its "sample" is the number that columns["sample"] repeats.
+        columns: 1-d arrays by name (all but "sink"). values[site]: (token, layer, d_model) float32, or uint16
+        bf16 bits; fastest as a view of (layer, token, d_model). Raises CacheError where values cannot be
+        represented, naming the sample.
+        """
+        stream = self._streams[split]
+        self._samples.add(sample["sample"], sample)
+        self._at_cursor(stream, cursor)
+        start, length = self._wanted(stream, split, len(columns["sample"]))
+        while start < length:
+            window = stream.filling = stream.filling or Window(self.manifest)
+            stop = min(length, start + window.room)
+            piece = slice(start, stop)
+            try:
+                window.append(
+                    {name: column[piece] for name, column in columns.items()},
+                    {site: value[piece] for site, value in values.items()},
+                    self._quantisers,
+                )
+            except CacheError as fault:
+                raise CacheError(f"sample {sample.get('id', sample['sample'])!r}, {fault}") from fault
+            stream.since_cursor += stop - start
+            start = stop
+            if not window.room:
+                self._seal(split)
+
+    def reject(self, sample: int, line: dict[str, Any]) -> None:
+        """Record a sample that is left out, with its reason."""
+        self._rejected.add(sample, line)
+
+    @property
+    def n_rejected(self) -> int:
+        return len(self._rejected.known)
+
+    def flush(self) -> None:
+        """Wait until every full window is committed."""
+        while self._commits:
+            self._commits.pop(0).result()
+
+    def finish(self) -> None:
+        """Commit what is left as shorter windows, and mark this writer's part as complete."""
+        if self.complete:
+            return
+        for split in layout.SPLITS:
+            if self._streams[split].filling is not None:
+                self._seal(split)
+        self.flush()
+        append(self._journal_fd, final_line(self._commit_logs(*self._take_waiting())))
+        self.complete = True
+        _write_documents(self.folder, self.manifest)
+
+    def close(self) -> None:
+        """Stop after the windows that are full; what fills a window is left to the next run."""
+        try:
+            self.flush()
+        finally:
+            for pool in (self._committer, self._encoders, self._quantisers):
+                pool.shutdown(cancel_futures=True)
+            with contextlib.suppress(OSError):
+                os.close(self._journal_fd)
+
+    @staticmethod
+    def _at_cursor(stream: _Stream, cursor: int) -> None:
+        if cursor != stream.cursor:
+            stream.cursor, stream.since_cursor = cursor, 0
+
+    def _wanted(self, stream: _Stream, split: str, length: int) -> tuple[int, int]:
+        """(first, end) of the tokens to store: not those committed before, not those beyond max_tokens."""
+        start = min(stream.to_skip, length)
+        stream.to_skip -= start
+        stream.since_cursor += start
+        if split == "train" and self.max_tokens is not None:
+            length = min(length, start + max(0, self.max_tokens - stream.added))
+        return start, length
+
+    def _seal(self, split: str) -> None:
+        """Hand the full window to the committer, once the one before is written."""
+        stream = self._streams[split]
+        window, stream.filling = stream.filling, None
+        assert window is not None
+        self.flush()
+        number = stream.windows * self.manifest.world_size + self.rank
+        stream.windows += 1
+        stream.committed += window.tokens
+        position = (stream.cursor, stream.since_cursor)
+        job = self._committer.submit(self._commit, split, number, window, position, self._take_waiting())
+        self._commits.append(job)
+
+    def _take_waiting(self) -> tuple[bytes, bytes]:
+        lines = bytes(self._samples.waiting), bytes(self._rejected.waiting)
+        self._samples.waiting.clear()
+        self._rejected.waiting.clear()
+        return lines
+
+    def _commit(
+        self, split: str, number: int, window: Window, position: tuple[int, int], lines: tuple[bytes, bytes]
+    ) -> None:
+        files = dict(self._write_window(split, number, window))
+        folders = {(self.folder / name).parent for name in files}
+        sync_folders(sorted(folders))
+        logs = self._commit_logs(*lines)
+        entry = WindowEntry(
+            split=split,
+            window=number,
+            tokens=window.tokens,
+            files=files,
+            logs=logs,
+            cursor=position[0],
+            skip=position[1],
+        )
+        append(self._journal_fd, window_line(entry))
+        self.bytes_written += sum(file.size for file in files.values())
+        self._committed_here += window.tokens
+        _write_documents(self.folder, self.manifest)
+
+    def _write_window(self, split: str, number: int, window: Window) -> Iterator[tuple[str, FileEntry]]:
+        stream = self._streams[split]
+        group = window.seal()
+        stream.count += np.bincount(group, minlength=layout.N_GROUPS)
+        for file in window.token_files(split, number):
+            yield self._write(file.path, file.data)
+
+        def write_layer(place: tuple[str, int]) -> list[tuple[str, FileEntry]]:
+            site, index = place
+            files = window.layer_files(split, number, site, index, group, stream.sums[site])
+            return [self._write(file.path, file.data) for file in files]
+
+        places = [(site, index) for site in layout.SITES for index in range(self.manifest.n_layers)]
+        for entries in self._encoders.map(write_layer, places):
+            yield from entries
+        for path, array in self._statistics(split, number):
+            yield self._write(path, encode_chunk(array))
+
+    def _statistics(self, split: str, number: int) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+        stream = self._streams[split]
+        yield layout.window_file(layout.count_array(split), number, 2), stream.count
+        for site in layout.SITES:
+            for statistic in layout.STATISTICS:
+                array = getattr(stream.sums[site], statistic)
+                name = layout.statistic_array(split, site, statistic)
+                yield layout.window_file(name, number, 1 + array.ndim), array
+
+    def _write(self, name: str, data: bytes) -> tuple[str, FileEntry]:
+        write_file(self.folder / name, data)
+        return name, FileEntry(len(data), checksum(data))
+
+    def _commit_logs(self, samples: bytes, rejected: bytes) -> LogSizes:
+        return LogSizes(self._samples.commit(samples), self._rejected.commit(rejected))
+
+    def _restore(self, journal: Journal) -> None:
+        """Stand where the last committed window left off."""
+        text = self.manifest.canonical().encode()
+        if journal.manifest_crc32c is None:
+            os.ftruncate(self._journal_fd, 0)
+            append(self._journal_fd, header_line(text.decode()))
+        elif journal.manifest_crc32c != checksum(text):
+            raise CacheError(f"{journal.path} was begun under another manifest; harvest into a new folder")
+        else:
+            os.ftruncate(self._journal_fd, journal.valid_bytes)
+        for split, stream in self._streams.items():
+            mine = [entry for entry in journal.windows if entry.split == split]
+            shape = (self.manifest.n_layers, self.manifest.d_model)
+            stream.sums = {site: SiteSums.zeros(*shape) for site in layout.SITES}
+            if mine:
+                last = mine[-1]
+                stream.committed, stream.windows = sum(entry.tokens for entry in mine), len(mine)
+                stream.cursor, stream.to_skip = last.cursor, last.skip
+                stream.sums, stream.count = read_site_sums(self.folder, self.manifest, split, last.window)
+
+
+def _begin(folder: Path, manifest: Manifest) -> None:
+    """Create the folder, or check that what is there is this cache."""
+    if (folder / ROOT).exists():
+        differing = read_manifest(folder).differences(manifest)
+        if differing:
+            raise CacheError(
+                f"{folder} was harvested differently; use another folder, or the same arguments. "
+                "Differences (there -> now): " + "; ".join(differing)
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CacheError(f"{folder} exists and is not a cache; choose another folder")
+    for name, data in documents(manifest, dict.fromkeys(layout.SPLITS, (0, 0))).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).exists():
+            write_file(folder / name, data)
+
+
+def _write_documents(folder: Path, manifest: Manifest) -> None:
+    """Bring every zarr.json up to the journals; again if another rank committed meanwhile."""
+    written = None
+    while (extents := read_extents(folder, manifest)) != written:
+        for name, data in documents(manifest, extents).items():
+            if (folder / name).read_bytes() != data:
+                write_file(folder / name, data)
+        written = extents
+
+
+def _lock(path: Path) -> int:
+    """Open a journal for appending, and hold it: the lock goes with the process, however that ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CacheError(f"{path.parent} is being written by another process; wait for it or stop it") from None
+    return descriptor
+
+
+def _open_log(path: Path, committed: FileEntry) -> _Log:
+    """A log as far as it was committed; what a crash left behind that is ignored, and overwritten."""
+    path.touch()
+    data = path.read_bytes()[: committed.size]
+    if len(data) != committed.size or checksum(data) != committed.crc32c:
+        raise CacheError(f"{path} is not what the journal committed; restore it from a copy")
+    known = {json.loads(line)["sample"] for line in data.splitlines()}
+    return _Log(path, len(data), int(committed.crc32c, 16), known)

@@ -1,0 +1,50 @@
+"""Samples packed into forward passes: by length, so that little is padding, in an order that is not."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache_format.permutation import permutation
+from .tokens import SEQUENCE_INPUTS, PreparedSample
+
+POOL_BATCHES = 4
+"""Samples of this many batches are sorted by length together."""
+
+
+class Batch(NamedTuple):
+    samples: list[PreparedSample]
+    inputs: dict[str, Tensor]
+    keep: Tensor
+    """(sample, position): stored"""
+
+
+def pack(pool: Sequence[PreparedSample], batch_tokens: int, seed: int) -> Iterator[list[PreparedSample]]:
+    """Cut a pool into batches of at most `batch_tokens` with padding (a longer sample is alone).
+
+    The batches come in random order: whoever stops in the middle has not seen the short samples only.
+    """
+    batches: list[list[PreparedSample]] = []
+    for sample in sorted(pool, key=lambda sample: (sample.length, sample.number)):
+        if not batches or (len(batches[-1]) + 1) * sample.length > batch_tokens:
+            batches.append([])
+        batches[-1].append(sample)
+    for place in permutation(len(batches), seed, pool[0].number):
+        yield batches[place]
+
+
+def collate(samples: list[PreparedSample]) -> Batch:
+    """Pad on the right; a causal model then gives each token what it gives without the padding."""
+    length = max(sample.length for sample in samples)
+    inputs: dict[str, Tensor] = {}
+    for name in {name for sample in samples for name in sample.inputs}:
+        parts = [sample.inputs[name] for sample in samples if name in sample.inputs]
+        if name in SEQUENCE_INPUTS:
+            parts = [torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in parts]
+        inputs[name] = torch.cat(parts)
+    keep = np.zeros((len(samples), length), bool)
+    for row, sample in zip(keep, samples, strict=True):
+        row[: sample.length] = sample.keep
+    return Batch(samples, inputs, torch.from_numpy(keep))

@@ -1,0 +1,54 @@
+"""A progress bar on a terminal, a plain line every few seconds where there is none."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts units of work on stderr; `total` may be unknown."""
+
+    def __init__(self, name: str, *, total: int | None, unit: str, done: int = 0) -> None:
+        self._name, self._total, self._unit = name, total, unit
+        self._done = self._started_at = done
+        self._began = self._last_line = time.monotonic()
+        self._bar = (
+            tqdm(total=total, initial=done, desc=name, unit=unit, unit_scale=True, dynamic_ncols=True)
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif self._done > self._started_at:
+            self._line("")
+
+    @property
+    def rate(self) -> float:
+        """Units a second, since the start."""
+        return (self._done - self._started_at) / max(1e-9, time.monotonic() - self._began)
+
+    def add(self, units: int, note: str = "") -> None:
+        self._done += units
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(units)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._line(note)
+
+    def _line(self, note: str) -> None:
+        self._last_line = time.monotonic()
+        of = f"/{self._total}" if self._total else ""
+        left = f", {(self._total - self._done) / self.rate:.0f} s left" if self._total and self.rate else ""
+        text = f"{self._name}: {self._done}{of} {self._unit}, {self.rate:.0f} {self._unit}/s{left}"
+        print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)

@@ -1,0 +1,1 @@
+"""From a cache to a cross-layer transcoder. Imports neither transformers nor datasets nor harvest."""
