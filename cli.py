@@ -1,0 +1,230 @@
+"""The command `clt`: parse, import the stage, call it. Nothing heavy is imported for `--help`."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+
+from .harvest.config import HarvestConfig
+from .stopping import StopRequested, stop_on_signals
+from .train.config import KINDS, TrainConfig, TranscoderConfig
+
+OK, FAULTY, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    help="Run a vision-language model once, then train cross-layer transcoders from the cache.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+@app.callback()
+def everywhere(
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Options of every command; `--debug` is looked for in `main`."""
+
+
+@app.command("harvest")
+def harvest_command(
+    model: Annotated[str, typer.Argument(help="hub id or folder of a language or vision-language model")],
+    dataset: Annotated[str, typer.Argument(help=".jsonl, .json or .parquet file, folder of datasets, or hub name")],
+    cache: Annotated[Path, typer.Argument(help="folder to write; run again to go on where it stopped")],
+    tokens: Annotated[int | None, typer.Option(help="stop after this many stored tokens of split train")] = None,
+    layers: Annotated[str | None, typer.Option(help="0-31, 0,4,8 or 0-31:4 [default: all]")] = None,
+    input_site: Annotated[str, typer.Option(help="mlp_in, or resid_mid (before the MLP's norm)")] = "mlp_in",
+    precision: Annotated[str, typer.Option(help="int8 (block-scaled) or bf16 (bit-exact)")] = "int8",
+    step_divisor: Annotated[float, typer.Option(help="int8 step = rms / this")] = 8.0,
+    window: Annotated[int, typer.Option(help="tokens shuffled and committed together")] = 16384,
+    val_fraction: Annotated[float, typer.Option(help="share of the samples for split val")] = 0.01,
+    ctx_len: Annotated[int, typer.Option(help="tokens a sample; an image is never cut in two")] = 1024,
+    keep_image_tokens: Annotated[float, typer.Option(help="seeded random fraction of each image's tokens")] = 1.0,
+    exclude: Annotated[str | None, typer.Option(help="kinds never stored, such as template,bos")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="where image paths start [default: the dataset's folder]")] = None,
+    text_column: Annotated[str | None, typer.Option(help="column of plain text [default: text]")] = None,
+    split: Annotated[str, typer.Option(help="split of a hub dataset or folder")] = "train",
+    max_samples: Annotated[int | None, typer.Option(help="read at most this many samples")] = None,
+    shuffle_seed: Annotated[int, typer.Option(help="seeds sample order, split and windows")] = 0,
+    batch_tokens: Annotated[int, typer.Option(help="tokens in one forward pass")] = 8192,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    device: Annotated[str | None, typer.Option(help="[default: cuda where there is one]")] = None,
+    revision: Annotated[str | None, typer.Option(help="of a hub model")] = None,
+    attn: Annotated[str | None, typer.Option(help="attention implementation")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")] = False,
+    mlp: Annotated[str | None, typer.Option(help="such as model.language_model.layers.{}.mlp [default: found]")] = None,
+    on_bad_sample: Annotated[str, typer.Option(help="skip (list it in rejected.jsonl) or fail")] = "skip",
+    max_bad_fraction: Annotated[float, typer.Option(help="stop when more samples than this share are bad")] = 0.05,
+    rank: Annotated[int | None, typer.Option(help="this process [default: torchrun's]")] = None,
+    world_size: Annotated[int | None, typer.Option(help="processes that write one cache [default: torchrun's]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the model over the dataset once and store what its MLPs read and wrote."""
+    settings = {name: value for name, value in locals().items() if name != "as_json"}
+    settings["exclude"] = _names(exclude)
+    settings["rank"] = rank if rank is not None else int(os.environ.get("RANK", "0"))
+    settings["world_size"] = world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    config = HarvestConfig(**settings)
+    from .harvest.run import harvest
+
+    with stop_on_signals():
+        report = harvest(config)
+    text = ", ".join(f"{n} tokens in {name}" for name, n in report.tokens.items())
+    _answer(as_json, report._asdict(), f"{cache} is complete: {text}; {report.rejected} samples rejected")
+
+
+@app.command()
+def info(cache: Annotated[Path, typer.Argument(help="folder of a cache")], as_json: AsJson = False) -> None:
+    """What a cache holds: tokens by split and kind, bytes, bits a value, noise by layer."""
+    from .cache_format import open_cache
+    from .cache_format.summary import render_summary, summarise_cache
+
+    summary = summarise_cache(open_cache(cache))
+    _answer(as_json, summary, render_summary(summary, str(cache)))
+
+
+@app.command()
+def verify(
+    cache: Annotated[Path, typer.Argument(help="folder of a cache")],
+    full: Annotated[bool, typer.Option("--full", help="check and decode every byte")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a cache: existence, sizes and indexes of all files; with --full every checksum. Exit 1 on a fault."""
+    from .cache_format.reader import read_manifest
+    from .cache_format.verify import n_files, verify_cache
+    from .progress import Progress
+
+    read_manifest(cache)  # a folder that is no cache is a wrong argument, not a fault
+    with Progress("verify", total=n_files(str(cache)), unit="files") as progress:
+        faults = verify_cache(str(cache), full, progress.add)
+    text = "\n".join(faults) if faults else f"{cache}: no fault found{'' if full else ' (sizes and indexes; --full reads all)'}"
+    _answer(as_json, {"faults": faults, "full": full}, text)
+    if faults:
+        raise typer.Exit(FAULTY)
+
+
+@app.command("train")
+def train_command(
+    caches: Annotated[list[Path], typer.Argument(help="one or more caches of one identity")],
+    run_name: Annotated[str, typer.Option(help="writes checkpoints/NAME")],
+    out: Annotated[Path | None, typer.Option(help="run folder instead of checkpoints/NAME")] = None,
+    k: Annotated[int, typer.Option(help="active latents of a token and layer")] = 32,
+    expansion_factor: Annotated[int, typer.Option(help="latents of a layer / d_model")] = 2,
+    latents: Annotated[int | None, typer.Option(help="latents of a layer, instead of --expansion-factor")] = None,
+    n_targets: Annotated[int, typer.Option(help="layers a source writes to, its own included")] = 16,
+    layers: Annotated[str | None, typer.Option(help="0-31, 0,4,8 or 0-31:4 [default: all in the cache]")] = None,
+    fvu_variance: Annotated[str, typer.Option(help="the loss is divided by that of the cache, or of the batch")] = "cache",
+    batch_tokens: Annotated[int, typer.Option(help="tokens of a micro-batch")] = 4096,
+    grad_acc_steps: Annotated[int, typer.Option(help="micro-batches of a step")] = 1,
+    epochs: Annotated[float, typer.Option(help="passes over the cache")] = 1.0,
+    steps: Annotated[int | None, typer.Option(help="optimiser steps at most")] = None,
+    tokens: Annotated[int | None, typer.Option(help="tokens at most")] = None,
+    lr: Annotated[float | None, typer.Option(help="[default: 2e-4 / sqrt(latents / 16384)]")] = None,
+    lr_warmup_steps: Annotated[int | None, typer.Option(help="[default: 1000, or a tenth of the run]")] = None,
+    lr_schedule: Annotated[str, typer.Option(help="linear, cosine or constant")] = "linear",
+    kinds: Annotated[str, typer.Option(help="kinds of tokens that count")] = ",".join(KINDS),
+    exclude: Annotated[str | None, typer.Option(help="kinds that do not count, and sink: bos,sink")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
+    device: Annotated[str | None, typer.Option(help="[default: cuda where there is one]")] = None,
+    io: Annotated[str, typer.Option(help="mmap, or pread for network file systems")] = "mmap",
+    threads: Annotated[int | None, typer.Option(help="decoding threads [default: one a core]")] = None,
+    buffer_tokens: Annotated[int, typer.Option(help="tokens decoded and shuffled together")] = 8192,
+    seed: Annotated[int, typer.Option(help="of reading order and weights")] = 0,
+    save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 1000,
+    keep: Annotated[int, typer.Option(help="checkpoints that stay")] = 1,
+    log_every: Annotated[int, typer.Option(help="steps between lines of metrics.jsonl")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the run's latest checkpoint")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit a cross-layer transcoder from caches; needs neither the model nor its libraries."""
+    structure = ("k", "expansion_factor", "latents", "n_targets")
+    given = dict(locals())
+    rest = set(given) - {*structure, "structure", "run_name", "out", "resume", "as_json"}
+    settings: dict[str, Any] = {name: given[name] for name in rest}
+    settings |= {"caches": tuple(caches), "kinds": _names(kinds), "exclude": _names(exclude)}
+    transcoder = TranscoderConfig(**{name: given[name] for name in structure})
+    config = TrainConfig(run=out or Path("checkpoints") / run_name, transcoder=transcoder, **settings)
+    from .train.loop import train
+
+    with stop_on_signals():
+        report = train(config, resume)
+    text = f"{report.run}: {report.steps} steps, {report.tokens} tokens, FVU of the last step {report.fvu:.4f}"
+    _answer(as_json, {**report._asdict(), "run": str(report.run)}, text)
+
+
+@app.command("eval")
+def eval_command(
+    run: Annotated[Path, typer.Argument(help="run folder, or one checkpoint in it")],
+    cache: Annotated[list[Path] | None, typer.Option(help="held-out tokens [default: the run's own caches]")] = None,
+    split: Annotated[str, typer.Option(help="val or train")] = "val",
+    threads: Annotated[int | None, typer.Option(help="decoding threads [default: one a core]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Held-out FVU, L0 and dead share by layer, by kind and by offset, from a cache alone."""
+    from .train.checkpoint import checkpoint_folder, load_transcoder
+    from .train.evaluate import evaluate
+    from .train.loop import load_config, open_source
+    from .train.report import render_evaluation
+
+    folder = checkpoint_folder(run)
+    config = load_config(folder.parent)
+    source = open_source(config, split, tuple(cache) if cache else None)
+    model = load_transcoder(folder)
+    evaluation = evaluate(model, source, threads=threads)
+    layers = model.shape.layers
+    _answer(as_json, evaluation.to_json(layers), render_evaluation(evaluation, layers))
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
+
+
+def _answer(as_json: bool, data: dict[str, Any], text: str) -> None:
+    print(json.dumps(data) if as_json else text)
+
+
+def _fail(fault: BaseException, code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exception(fault)
+    text = fault.format_message() if isinstance(fault, click.ClickException) else str(fault)
+    print(f"error: {' '.join(text.split()) or type(fault).__name__}", file=sys.stderr)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Entry point; decides what the user reads and the exit code."""
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = app(args=arguments, prog_name="clt", standalone_mode=False)
+    except click.ClickException as fault:
+        _fail(fault, BAD_USAGE, debug)
+    except (StopRequested, KeyboardInterrupt, click.Abort) as fault:
+        _fail(RuntimeError("interrupted; what was committed is kept, run again to go on") if not debug else fault, INTERRUPTED, debug)
+    except ValueError as fault:
+        from .cache_format.errors import DamagedCacheError
+
+        _fail(fault, FAULTY if isinstance(fault, DamagedCacheError) else BAD_USAGE, debug)
+    except OSError as fault:
+        _fail(_explain(fault), BAD_USAGE, debug)
+    sys.exit(code if isinstance(code, int) else OK)
+
+
+def _explain(fault: OSError) -> OSError | RuntimeError:
+    """A disk that is full, in words."""
+    if fault.errno != 28:  # ENOSPC
+        return fault
+    where = f" ({fault.filename})" if fault.filename else ""
+    return RuntimeError(f"the disk is full{where}; what was committed is kept, free some space and run again")
+
+
+if __name__ == "__main__":
+    main()

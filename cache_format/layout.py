@@ -8,6 +8,8 @@ from typing import Final
 
 import numpy as np
 
+from .errors import CacheError
+
 FORMAT_VERSION: Final = 1
 CHUNK: Final = 64
 """Tokens decoded at a time."""
@@ -80,3 +82,22 @@ def n_chunks(tokens: int) -> int:
 def n_blocks(d_model: int) -> int:
     """Scales of one vector; the last block may be narrower than BLOCK."""
     return -(-d_model // BLOCK)
+
+
+def parse_layers(text: str | None, held: tuple[int, ...]) -> tuple[int, ...]:
+    """Layer numbers of `0-31`, `0,4,8`, `0-31:4` or None (all of `held`); CacheError names what is held."""
+    if text is None:
+        return held
+    chosen: set[int] = set()
+    for part in text.split(","):
+        span, _, step = part.partition(":")
+        first, _, last = span.partition("-")
+        try:
+            chosen |= set(range(int(first), int(last or first) + 1, int(step or 1)))
+        except ValueError:
+            raise CacheError(f"--layers: expected such as 0-31, 0,4,8 or 0-31:4, found {text!r}") from None
+    if not chosen or not chosen <= set(held):
+        raise CacheError(
+            f"--layers: expected some of the {len(held)} layers {held[0]} to {held[-1]}, found {text!r}"
+        )
+    return tuple(sorted(chosen))

@@ -179,22 +179,22 @@ class Split:
 
     def counts(self) -> dict[str, int]:
         """Tokens by kind."""
-        count = self._sums[1].reshape(2, len(layout.KINDS)).sum(axis=0)
+        count = self.sums[1].reshape(2, len(layout.KINDS)).sum(axis=0)
         return dict(zip(layout.KINDS, count.tolist(), strict=True))
 
     @property
     def n_sinks(self) -> int:
-        return int(self._sums[1][len(layout.KINDS) :].sum())
+        return int(self.sums[1][len(layout.KINDS) :].sum())
 
     def statistics(
         self, site: str, kinds: list[str] | None = None, sinks: bool | None = None
     ) -> Statistics:
         """Moments of one site over the tokens of these kinds (None: all); see `group_mask`."""
-        sums, count = self._sums
+        sums, count = self.sums
         return summarise(sums[site], count, group_mask(kinds, sinks))
 
     @cached_property
-    def _sums(self) -> tuple[dict[str, SiteSums], npt.NDArray[np.int64]]:
+    def sums(self) -> tuple[dict[str, SiteSums], npt.NDArray[np.int64]]:
         """Sums over all writers: each one's last window holds the sums of all its windows."""
         last = {entry.window % self.manifest.world_size: entry.window for entry in self.entries}
         shape = (self.manifest.n_layers, self.manifest.d_model)

@@ -98,23 +98,6 @@ class HarvestConfig:
             raise ValueError(f"--rank: expected 0 to {self.world_size - 1}, found {self.rank}")
 
 
-def parse_layers(text: str | None, n_layers: int) -> tuple[int, ...]:
-    """Layer numbers of `0-31`, `0,4,8`, `0-31:4` or None (all of n_layers)."""
-    if text is None:
-        return tuple(range(n_layers))
-    chosen: set[int] = set()
-    for part in text.split(","):
-        span, _, step = part.partition(":")
-        first, _, last = span.partition("-")
-        try:
-            chosen |= set(range(int(first), int(last or first) + 1, int(step or 1)))
-        except ValueError:
-            raise ValueError(f"--layers: expected such as 0-31, 0,4,8 or 0-31:4, found {text!r}") from None
-    if not chosen or max(chosen) >= n_layers:
-        raise ValueError(f"--layers: the model has layers 0-{n_layers - 1}, found {text!r}")
-    return tuple(sorted(chosen))
-
-
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"--{name}: expected one of {', '.join(allowed)}, found {value!r}")

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from ..cache_format import CacheWriter, Manifest
-from ..cache_format.layout import SPLITS
+from ..cache_format.layout import SPLITS, parse_layers
 from ..cache_format.manifest import Scalar
 from ..progress import Progress
 from ..stopping import StopRequested
 from .batches import POOL_BATCHES, collate, pack
-from .config import HarvestConfig, parse_layers
+from .config import HarvestConfig
 from .model import Hookpoints, LoadedModel, find_hookpoints, load_model
 from .rows import BadSample, Rows, open_rows, sample_order
 from .samples import is_val, parse_sample, sample_id
@@ -56,7 +56,7 @@ def harvest(config: HarvestConfig) -> HarvestReport:
     rows = open_rows(config.dataset, config.split)
     model = load_model(config)
     hookpoints = find_hookpoints(model, config.mlp, config.input_site)
-    layers = parse_layers(config.layers, model.n_layers)
+    layers = parse_layers(config.layers, tuple(range(model.n_layers)))
     manifest = describe(config, model, rows, hookpoints, layers)
     wanted = config.tokens and _share(config.tokens, config.rank, config.world_size)
     threads = min(8, max(1, torch.get_num_threads()))

@@ -1,0 +1,116 @@
+"""Run folders: config.json, metrics.jsonl, step-XXXXXXXX/ and `latest`.
+
+    step-00001000/
+      shape.json                          sizes of the transcoder
+      layers.<l>/transcoder.safetensors   W_enc, b_enc (source l), W_dec, b_dec (target l), means and scales
+      layers.<l>/optimizer.safetensors    Adam's moments of the same
+      trainer.json, trainer.safetensors   step, tokens, where the reader stands; when each latent last fired
+
+A step folder appears whole, by a rename, and `latest` names it after that. No pickle.
+"""
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..cache_format.files import sync_folders, write_file
+from .optimizer import LayerwiseAdam
+from .transcoder import CrossLayerTranscoder, Shape, empty_transcoder
+
+LATEST = "latest"
+
+
+class TrainerState(NamedTuple):
+    step: int
+    """Optimiser steps done."""
+    tokens: int
+    reader: dict[str, Any]
+    tokens_since_fired: Tensor
+    """(layer, latent) int64"""
+
+
+def save_checkpoint(
+    run: Path, model: CrossLayerTranscoder, optimizer: LayerwiseAdam, state: TrainerState, keep: int
+) -> Path:
+    """Write one step folder; older ones beyond `keep` go once it is in place."""
+    target = run / f"step-{state.step:08d}"
+    partial = run / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    (partial / "shape.json").write_text(json.dumps(asdict(model.shape)))
+    for place, layer in enumerate(model.shape.layers):
+        folder = partial / f"layers.{layer}"
+        folder.mkdir()
+        save_file(_layer_tensors(model, place), folder / "transcoder.safetensors")
+        save_file(optimizer.state(place), folder / "optimizer.safetensors")
+    save_file({"tokens_since_fired": state.tokens_since_fired}, partial / "trainer.safetensors")
+    trainer = {"step": state.step, "tokens": state.tokens, "reader": state.reader}
+    (partial / "trainer.json").write_text(json.dumps(trainer))
+    _sync_tree(partial)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    write_file(run / LATEST, target.name.encode())
+    sync_folders([run])
+    for old in sorted(run.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_transcoder(path: str | Path) -> CrossLayerTranscoder:
+    """The transcoder of a run (its latest checkpoint), or of one step folder."""
+    folder = checkpoint_folder(Path(path))
+    data = json.loads((folder / "shape.json").read_text())
+    shape = Shape(**{**data, "layers": tuple(data["layers"])})
+    first = load_file(folder / f"layers.{shape.layers[0]}" / "transcoder.safetensors")
+    model = empty_transcoder(shape, first["W_enc"].dtype)
+    with torch.no_grad():
+        for place, layer in enumerate(shape.layers):
+            stored = load_file(folder / f"layers.{layer}" / "transcoder.safetensors")
+            for name, tensor in _layer_tensors(model, place).items():
+                tensor.copy_(stored[name])
+    return model
+
+
+def restore_training(
+    folder: Path, model: CrossLayerTranscoder, optimizer: LayerwiseAdam
+) -> TrainerState:
+    """Put weights and moments back; where the run stood."""
+    with torch.no_grad():
+        for place, layer in enumerate(model.shape.layers):
+            stored = load_file(folder / f"layers.{layer}" / "transcoder.safetensors")
+            for name, tensor in _layer_tensors(model, place).items():
+                tensor.copy_(stored[name])
+            optimizer.restore(place, load_file(folder / f"layers.{layer}" / "optimizer.safetensors"))
+    data = json.loads((folder / "trainer.json").read_text())
+    fired = load_file(folder / "trainer.safetensors")["tokens_since_fired"]
+    return TrainerState(data["step"], data["tokens"], data["reader"], fired)
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The step folder that `path` (a run or a step folder) stands for."""
+    if (path / "shape.json").exists():
+        return path
+    if not (path / LATEST).exists():
+        raise ValueError(f"{path} holds no checkpoint; expected a run folder with a file `{LATEST}`")
+    return path / (path / LATEST).read_text().strip()
+
+
+def _layer_tensors(model: CrossLayerTranscoder, place: int) -> dict[str, Tensor]:
+    """Everything that belongs to one layer, by the name it has in the file; shares memory with the model."""
+    tensors = {name: getattr(model, name)[place].data for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    for name, site in (("in", model.inputs), ("out", model.outputs)):
+        tensors |= {f"{name}_mean": site.mean[place], f"{name}_scale": site.scale[place]}
+    return tensors
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        sync_folders([path])
+    sync_folders([folder])

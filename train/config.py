@@ -1,0 +1,129 @@
+"""What a training run is told. Imports nothing heavy, so that `clt --help` stays quick."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FVU_VARIANCES = ("cache", "batch")
+SCHEDULES = ("linear", "constant", "cosine")
+IO = ("mmap", "pread")
+DTYPES = ("float32", "float64")
+KINDS = ("text", "image", "bos", "template")
+EXCLUDABLE = (*KINDS, "sink")
+
+LR_AT_16K_LATENTS = 2e-4
+"""Adam's default; scaled by 1/sqrt(latents / 2**14), the rule of Gao et al. 2024 (arXiv 2406.04093)."""
+DEFAULT_WARMUP_STEPS = 1000
+DEAD_AFTER_TOKENS = 10_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscoderConfig:
+    """The transcoder's structure; sizes that depend on the cache are in `Shape`."""
+
+    k: int = 32
+    """Latents that are active for each token and layer."""
+    expansion_factor: int = 2
+    """Latents of a layer = this times d_model, unless `latents` is given."""
+    latents: int | None = None
+    """Latents of a layer."""
+    n_targets: int = 16
+    """Layers that a source writes to, its own included; 1 is a per-layer transcoder."""
+
+    def __post_init__(self) -> None:
+        for name in ("k", "expansion_factor", "n_targets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
+        if self.latents is not None and self.latents < self.k:
+            raise ValueError(f"--latents: expected at least k = {self.k}, found {self.latents}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    caches: tuple[Path, ...]
+    """Caches of one identity, read as one."""
+    run: Path
+    """Folder to write."""
+    transcoder: TranscoderConfig
+    layers: str | None = None
+    """`0-31`, `0,4,8`, `0-31:4`; None: all in the cache."""
+    fvu_variance: str = "cache"
+    """Variance that the loss is divided by: the cache's own, or the step's (as older trainers do)."""
+    batch_tokens: int = 4096
+    """Tokens of a micro-batch."""
+    grad_acc_steps: int = 1
+    """Micro-batches of a step."""
+    epochs: float = 1.0
+    """Passes over the cache; the run ends at whichever of epochs, steps and tokens comes first."""
+    steps: int | None = None
+    """Optimiser steps at most."""
+    tokens: int | None = None
+    """Tokens at most."""
+    lr: float | None = None
+    """Adam's learning rate; None: by the field's rule."""
+    lr_warmup_steps: int | None = None
+    """Optimiser steps of linear warm-up; None: 1000, or a tenth of a shorter run."""
+    lr_schedule: str = "linear"
+    """After the warm-up: linear or cosine decay to 0, or constant."""
+    kinds: tuple[str, ...] = KINDS
+    """Kinds of tokens that count."""
+    exclude: tuple[str, ...] = ()
+    """Kinds that do not count, and `sink`."""
+    dtype: str = "float32"
+    """Of weights and arithmetic."""
+    device: str | None = None
+    """None: cuda where there is one, else cpu."""
+    io: str = "mmap"
+    """mmap, or pread for network file systems."""
+    threads: int | None = None
+    """Decoding threads; None: one a core, at most 16."""
+    buffer_tokens: int = 8192
+    """Tokens decoded and shuffled together."""
+    seed: int = 0
+    """Of the reading order and of the weights."""
+    save_every: int = 1000
+    """Optimiser steps between checkpoints; the last step is always saved."""
+    keep: int = 1
+    """Checkpoints that stay."""
+    log_every: int = 1
+    """Optimiser steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        _one_of("fvu-variance", self.fvu_variance, FVU_VARIANCES)
+        _one_of("lr-schedule", self.lr_schedule, SCHEDULES)
+        _one_of("io", self.io, IO)
+        _one_of("dtype", self.dtype, DTYPES)
+        for kind in self.kinds:
+            _one_of("kinds", kind, KINDS)
+        for kind in self.exclude:
+            _one_of("exclude", kind, EXCLUDABLE)
+        for name in ("batch_tokens", "grad_acc_steps", "save_every", "keep", "log_every", "buffer_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
+        if self.epochs <= 0:
+            raise ValueError(f"--epochs: expected more than 0, found {self.epochs}")
+
+    @property
+    def step_tokens(self) -> int:
+        return self.batch_tokens * self.grad_acc_steps
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        return {**data, "caches": [str(c) for c in self.caches], "run": str(self.run)}
+
+
+def config_from_json(data: dict[str, Any]) -> TrainConfig:
+    """The config of a run's config.json; raises TypeError on fields that this version does not know."""
+    lists = {name: tuple(data[name]) for name in ("kinds", "exclude")}
+    caches = tuple(Path(c) for c in data["caches"])
+    transcoder = TranscoderConfig(**data["transcoder"])
+    return TrainConfig(**{**data, **lists, "caches": caches, "run": Path(data["run"]), "transcoder": transcoder})
+
+
+def default_lr(latents: int) -> float:
+    return float(LR_AT_16K_LATENTS / (latents / 2**14) ** 0.5)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"--{name}: expected one of {', '.join(allowed)}, found {value!r}")

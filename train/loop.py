@@ -1,0 +1,223 @@
+"""`clt train`: cache in, run folder out."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..cache_format import open_cache
+from ..cache_format.files import write_file
+from ..cache_format.layout import parse_layers
+from ..progress import Progress
+from ..stopping import StopRequested
+from .checkpoint import TrainerState, checkpoint_folder, restore_training, save_checkpoint
+from .config import DEAD_AFTER_TOKENS, DEFAULT_WARMUP_STEPS, TrainConfig, config_from_json, default_lr
+from .metrics import DeadLatents, KindVariance, MetricsFile, step_metrics
+from .optimizer import LayerwiseAdam, learning_rate
+from .order import predicted_partners
+from .reader import Batch, Reader
+from .source import Selection, Source
+from .step import train_step
+from .transcoder import CrossLayerTranscoder, new_transcoder
+
+FREE_TO_CHANGE = ("save_every", "keep", "log_every", "threads", "io", "run")
+"""Settings that a resumed run may have otherwise: they do not change the weights."""
+
+
+class Plan(NamedTuple):
+    """What follows from config and cache."""
+
+    steps: int
+    tokens: int
+    lr: float
+    warmup: int
+    dead_after: int
+
+
+class TrainReport(NamedTuple):
+    run: Path
+    steps: int
+    tokens: int
+    fvu: float
+    """Mean over layers, of the last step."""
+    seconds: float
+
+
+class _Run:
+    """What the loop carries."""
+
+    def __init__(self, config: TrainConfig, source: Source, model: CrossLayerTranscoder) -> None:
+        self.config, self.source, self.model = config, source, model
+        self.plan = plan(config, source, model.shape.n_latents)
+        self.optimizer = LayerwiseAdam(model)
+        self.reader = Reader(
+            source, buffer_tokens=config.buffer_tokens, seed=config.seed, threads=config.threads
+        )
+        self.dead = DeadLatents(model, self.plan.dead_after)
+        self.variance = KindVariance(source, model)
+        self.step = self.tokens = 0
+
+    def restore(self, folder: Path) -> None:
+        state = restore_training(folder, self.model, self.optimizer)
+        self.step, self.tokens, self.dead.since = state.step, state.tokens, state.tokens_since_fired
+        self.reader.restore(state.reader)
+
+    def save(self) -> Path:
+        state = TrainerState(self.step, self.tokens, self.reader.state(), self.dead.since)
+        return save_checkpoint(self.config.run, self.model, self.optimizer, state, self.config.keep)
+
+
+def train(config: TrainConfig, resume: bool = False) -> TrainReport:
+    """Fit a transcoder; with `resume`, go on from the run's latest checkpoint."""
+    resume = _begin_run(config, resume)
+    source = open_source(config, "train")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, config.dtype)
+    model = new_transcoder(config.transcoder, source, dtype, config.seed).to(device)
+    run = _Run(config, source, model)
+    if resume:
+        run.restore(checkpoint_folder(config.run))
+    _say(_summary(run))
+    metrics = MetricsFile(config.run / "metrics.jsonl", run.step)
+    with run.reader, Progress("train", total=run.plan.tokens, unit="tok", done=run.tokens) as progress:
+        began, fvu = time.monotonic(), math.nan
+        try:
+            while run.step < run.plan.steps:
+                fvu = _one_step(run, metrics, progress)
+                if run.step % config.save_every == 0 and run.step < run.plan.steps:
+                    run.save()
+                StopRequested.check()
+        except StopRequested:
+            folder = run.save()
+            _say(f"stopped; {folder} is saved, go on with --resume")
+            raise
+        finally:
+            metrics.close()
+        run.save()
+    return TrainReport(config.run, run.step, run.tokens, fvu, time.monotonic() - began)
+
+
+def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None = None) -> Source:
+    """The tokens of a split that the config chooses."""
+    paths = caches or config.caches
+    held = open_cache(paths[0], io=config.io, check=False).manifest.layers
+    layers = parse_layers(config.layers, held)
+    return Source(
+        paths, split, layers=layers, selection=Selection(config.kinds, config.exclude), io=config.io
+    )
+
+
+def plan(config: TrainConfig, source: Source, n_latents: int) -> Plan:
+    """Steps and tokens of the run, and what defaults to them."""
+    epoch_tokens = math.ceil(config.epochs * source.n_tokens)
+    tokens = min(epoch_tokens, config.tokens or epoch_tokens)
+    steps = math.ceil(tokens / config.step_tokens)
+    if config.steps is not None and config.steps < steps:
+        steps, tokens = config.steps, config.steps * config.step_tokens
+    warmup = config.lr_warmup_steps
+    if warmup is None:
+        warmup = min(DEFAULT_WARMUP_STEPS, steps // 10)
+    dead_after = min(DEAD_AFTER_TOKENS, source.n_tokens)
+    return Plan(steps, tokens, config.lr or default_lr(n_latents), warmup, dead_after)
+
+
+def _one_step(run: _Run, metrics: MetricsFile, progress: Progress) -> float:
+    """Read, step, log; the step's mean FVU."""
+    config, plan = run.config, run.plan
+    began, waited = time.monotonic(), run.reader.waited
+    batches = _read(run)
+    lr = learning_rate(run.step, plan.lr, plan.warmup, plan.steps, config.lr_schedule)
+    run.optimizer.begin(lr)
+    result = train_step(run.model, batches, run.optimizer.apply, config.fvu_variance)
+    if not torch.isfinite(result.loss):
+        layers = [str(run.source.layers[i]) for i in torch.nonzero(~torch.isfinite(result.fvu)).flatten()]
+        raise ValueError(
+            f"step {run.step}: the loss is not finite in layers {', '.join(layers)}; the last checkpoint is "
+            "kept, lower --lr or look at those layers with `clt info`"
+        )
+    tokens = sum(len(batch) for batch in batches)
+    run.step, run.tokens = run.step + 1, run.tokens + tokens
+    run.dead.update(result.fired, tokens)
+    seconds = time.monotonic() - began
+    fvu = float(result.fvu.mean())
+    if run.step % config.log_every == 0 or run.step == plan.steps:
+        numbers: dict[str, Any] = {
+            "step": run.step,
+            "tokens": run.tokens,
+            **step_metrics(result, run.source.layers, batches, run.variance),
+            **{f"dead/{n}": s for n, s in zip(run.source.layers, run.dead.share(), strict=True)},
+            "lr": lr,
+            "k": config.transcoder.k,
+            "grad_norm": run.optimizer.square_norm**0.5,
+            "tokens_per_s": tokens / seconds,
+            "stall": (run.reader.waited - waited) / seconds,
+        }
+        metrics.write(numbers)
+    progress.add(tokens, f"FVU {fvu:.3f}")
+    return fvu
+
+
+def _read(run: _Run) -> list[Batch]:
+    """The micro-batches of one step; the run's last step may be shorter."""
+    left = min(run.config.step_tokens, run.plan.tokens - run.tokens)
+    sizes = [run.config.batch_tokens] * (left // run.config.batch_tokens)
+    if left % run.config.batch_tokens:
+        sizes.append(left % run.config.batch_tokens)
+    return [run.reader.next(size) for size in sizes]
+
+
+def _begin_run(config: TrainConfig, resume: bool) -> bool:
+    """Create the run folder, or check that the one to resume is this run; whether there is a checkpoint."""
+    path = config.run / "config.json"
+    if resume:
+        if not path.exists():
+            raise ValueError(f"{config.run} holds no run to resume; leave out --resume to begin one")
+        there, now = json.loads(path.read_text()), config.to_json()
+        differing = [
+            f"{name}: {there.get(name)!r} -> {now[name]!r}"
+            for name in now
+            if name not in FREE_TO_CHANGE and json.loads(json.dumps(now[name])) != there.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{config.run} was trained otherwise; use the same settings or another --run-name. "
+                f"Differences (there -> now): {'; '.join(differing)}"
+            )
+        return (config.run / "latest").exists()
+    if config.run.exists() and any(config.run.iterdir()):
+        raise ValueError(f"{config.run} exists; choose another --run-name, or go on with --resume")
+    config.run.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(config.to_json(), indent=1) + "\n").encode())
+    return False
+
+
+def load_config(run: Path) -> TrainConfig:
+    """The settings of a run."""
+    path = run / "config.json"
+    if not path.exists():
+        raise ValueError(f"{run} is no run: expected a file config.json in it, found none")
+    return config_from_json(json.loads(path.read_text()))
+
+
+def _summary(run: _Run) -> str:
+    shape, plan, source = run.model.shape, run.plan, run.source
+    m = predicted_partners(
+        run.config.batch_tokens,
+        source.tokens_per_sample,
+        source.n_tokens,
+        source.manifest.window,
+        run.config.buffer_tokens,
+    )
+    return (
+        f"{shape.n_layers} layers, {shape.n_latents} latents each, {shape.n_pairs} decoders, "
+        f"{shape.n_parameters / 1e6:.1f} M parameters; {source.n_tokens} tokens, {plan.steps} steps of "
+        f"{run.config.step_tokens}; lr {plan.lr:.2e}, warm-up {plan.warmup}; predicted shuffle m {m:.2f}"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,59 @@
+"""In which order a cache is read: (seed, epoch, buffer) -> chunks -> tokens. Pure integers, no state.
+
+An epoch's chunks are permuted by a keyed bijection and cut into buffers of nearly equal size; the chosen
+tokens of a buffer are permuted. Every token comes once an epoch, and nothing has to be remembered.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..cache_format.layout import CHUNK
+from ..cache_format.permutation import Bijection, permutation
+
+Ints = npt.NDArray[np.int64]
+
+_TOKENS_KEY = 1
+"""Keeps the permutation of a buffer's tokens apart from that of the epoch's chunks."""
+
+
+@dataclass(frozen=True)
+class ReadOrder:
+    n_chunks: int
+    """Of all caches together."""
+    buffer_tokens: int
+    """At most; a buffer is whole chunks."""
+    seed: int
+
+    @property
+    def n_buffers(self) -> int:
+        """Buffers of an epoch."""
+        return -(-self.n_chunks // max(1, self.buffer_tokens // CHUNK))
+
+    def chunks(self, epoch: int, buffer: int) -> Ints:
+        """Chunk numbers in one buffer of one epoch."""
+        first, end = (i * self.n_chunks // self.n_buffers for i in (buffer, buffer + 1))
+        return Bijection(self.n_chunks, self.seed, epoch)(np.arange(first, end))
+
+    def shuffled(self, n_tokens: int, epoch: int, buffer: int) -> Ints:
+        """Order in which the n_tokens chosen tokens of a buffer are delivered."""
+        return permutation(n_tokens, self.seed, epoch, buffer, _TOKENS_KEY)
+
+
+def predicted_partners(
+    batch: int, tokens_per_sample: float, n_tokens: int, window: int, buffer: int
+) -> float:
+    """m: tokens of its own sample that a token is expected to meet in its batch.
+
+    (B-1)(T-1) [c/(R W) + 1/N] for chunks of c tokens from windows of W, in buffers of R; a perfect shuffle
+    has (B-1)(T-1)/N.
+    """
+    spread = CHUNK / (min(buffer, n_tokens) * min(window, n_tokens)) if n_tokens > buffer else 0.0
+    return (min(batch, n_tokens) - 1) * (tokens_per_sample - 1) * (spread + 1 / n_tokens)
+
+
+def measured_partners(samples: npt.NDArray[np.int32]) -> float:
+    """m of one batch, from the sample number of each of its tokens."""
+    _, counts = np.unique(samples, return_counts=True)
+    return float((counts * (counts - 1)).sum() / len(samples))

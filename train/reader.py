@@ -1,0 +1,166 @@
+"""Batches from a cache: decoded ahead by threads, in an order that threads cannot change.
+
+    reader = Reader(source, buffer_tokens=8192, seed=0)
+    batch = reader.next(4096)          # the next 4096 tokens of the endless stream of epochs
+
+Two buffers alternate: one is served while the other is decoded. The state is (epoch, buffer, offset).
+Memory: two buffers and one batch of stored numbers, and six bytes a token of the cache for kind, sink, sample.
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..cache_format.layout import BLOCK, CHUNK, SITES
+from .order import Ints, ReadOrder
+from .source import Rows, Source, default_threads
+
+
+class Batch(NamedTuple):
+    rows: Rows
+    token: Ints
+    """(token,): its number in the source"""
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def values(self, site: str, layer_index: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(token, d_model) in model units; codes cross to the device before they become floats."""
+        codes = torch.from_numpy(self.rows.codes[site][layer_index]).to(device)
+        if codes.dtype == torch.uint16:
+            return codes.view(torch.bfloat16).to(dtype)
+        scale = torch.from_numpy(self.rows.scales[site][layer_index]).to(device).to(dtype)
+        d_model = codes.shape[1]
+        if d_model % BLOCK == 0:  # (token, block, BLOCK) times (token, block, 1)
+            blocks = codes.to(dtype).view(len(codes), -1, BLOCK)
+            return blocks.mul_(scale[..., None]).view(len(codes), d_model)
+        return codes.to(dtype) * scale.repeat_interleave(BLOCK, dim=1)[:, :d_model]
+
+
+@dataclass
+class _Buffer:
+    """One filled buffer: where its tokens lie, in the order of delivery."""
+
+    rows: Rows
+    place: Ints
+    token: Ints
+
+
+class Reader:
+    """An endless stream of the source's tokens, epoch after epoch."""
+
+    def __init__(
+        self, source: Source, *, buffer_tokens: int, seed: int, threads: int | None = None
+    ) -> None:
+        self.source = source
+        self.order = ReadOrder(source.n_chunks, buffer_tokens, seed)
+        self.epoch = self.buffer = self.offset = 0
+        self.waited = 0.0
+        """Seconds that `next` waited for decoding."""
+        self._pool = ThreadPoolExecutor(threads or default_threads(), "clt-decode")
+        self._gather = ThreadPoolExecutor(threads or default_threads(), "clt-gather")
+        self._filler = ThreadPoolExecutor(1, "clt-fill")
+        size = -(-source.n_chunks // self.order.n_buffers)
+        self._room = [source.allocate(size) for _ in range(2)]
+        self._current: _Buffer | None = None
+        self._ahead: Future[_Buffer] | None = None
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pool in (self._filler, self._pool, self._gather):
+            pool.shutdown(cancel_futures=True)
+
+    def next(self, n_tokens: int) -> Batch:
+        """The next n_tokens tokens; they may come from two buffers, and from two epochs."""
+        parts: list[tuple[Rows, Ints]] = []
+        missing = n_tokens
+        while missing:
+            current = self._serve()
+            taken = slice(self.offset, min(self.offset + missing, len(current.place)))
+            if taken.stop > taken.start:
+                parts.append((current.rows.take(current.place[taken], self._gather), current.token[taken]))
+            missing -= taken.stop - taken.start
+            self.offset = taken.stop
+            if self.offset == len(current.place):
+                self._advance()
+        return _join(parts)
+
+    def state(self) -> dict[str, Any]:
+        """Where the stream stands; `restore` refuses another cache, selection, seed or buffer size."""
+        return {**self._identity(), "epoch": self.epoch, "buffer": self.buffer, "offset": self.offset}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `state` was taken; the current buffer is decoded again."""
+        for name, mine in self._identity().items():
+            if state.get(name) != mine:
+                raise ValueError(f"the checkpoint was reading another {name}: {state.get(name)!r}, now {mine!r}")
+        if self._ahead is not None:
+            self._ahead.result()
+        self._ahead = self._current = None
+        self.epoch, self.buffer, self.offset = (int(state[name]) for name in ("epoch", "buffer", "offset"))
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.source.fingerprint,
+            "selection": [list(part) for part in self.source.selection],
+            "seed": self.order.seed,
+            "buffer_tokens": self.order.buffer_tokens,
+        }
+
+    def _serve(self) -> _Buffer:
+        """The current buffer; starts decoding the one after it."""
+        if self._current is None:
+            began = time.monotonic()
+            ahead = self._ahead or self._filler.submit(self._fill, self.epoch, self.buffer)
+            self._current = ahead.result()
+            self.waited += time.monotonic() - began
+            self._ahead = self._filler.submit(self._fill, *self._following())
+        return self._current
+
+    def _advance(self) -> None:
+        self._current = None
+        (self.epoch, self.buffer), self.offset = self._following(), 0
+
+    def _following(self) -> tuple[int, int]:
+        last = self.buffer + 1 == self.order.n_buffers
+        return (self.epoch + 1, 0) if last else (self.epoch, self.buffer + 1)
+
+    def _fill(self, epoch: int, buffer: int) -> _Buffer:
+        chunks = self.order.chunks(epoch, buffer)
+        # neighbours in the stream alternate between the two rooms
+        rows = self._room[(epoch * self.order.n_buffers + buffer) % len(self._room)]
+        self.source.fill(rows, chunks, self._pool)
+        place, token = self.source.tokens_of(chunks)
+        shuffled = self.order.shuffled(len(place), epoch, buffer)
+        return _Buffer(rows, place[shuffled], token[shuffled])
+
+
+def read_in_order(source: Source, n_tokens: int) -> "list[Ints]":
+    """Chunk numbers, in groups of about n_tokens tokens, for one pass in the order on disk."""
+    size = max(1, n_tokens // CHUNK)
+    return [np.arange(i, min(i + size, source.n_chunks)) for i in range(0, source.n_chunks, size)]
+
+
+def _join(parts: list[tuple[Rows, Ints]]) -> Batch:
+    if len(parts) == 1:
+        return Batch(*parts[0])
+
+    def joined(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        return np.concatenate(arrays, axis=1)
+
+    rows = Rows(
+        {site: joined([part.codes[site] for part, _ in parts]) for site in SITES},
+        {site: joined([part.scales[site] for part, _ in parts]) for site in SITES},
+    )
+    return Batch(rows, np.concatenate([token for _, token in parts]))

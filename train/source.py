@@ -1,0 +1,202 @@
+"""What a run reads from: one split of one or several caches of one identity, as one row of chunks."""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..cache_format import Cache, CacheError, Manifest, open_cache
+from ..cache_format.layout import CHUNK, KINDS, SITES
+from ..cache_format.statistics import SiteSums, Statistics, group_mask, summarise
+from .order import Ints
+
+
+class Selection(NamedTuple):
+    """Tokens that count."""
+
+    kinds: tuple[str, ...] = KINDS
+    exclude: tuple[str, ...] = ()
+    """Kinds, and "sink"."""
+
+    @property
+    def kept_kinds(self) -> list[str]:
+        return [kind for kind in self.kinds if kind not in self.exclude]
+
+    @property
+    def sinks(self) -> bool | None:
+        """As `group_mask` wants it: False leaves sinks out, None takes both."""
+        return False if "sink" in self.exclude else None
+
+
+class Rows(NamedTuple):
+    """Stored numbers of some tokens."""
+
+    codes: dict[str, npt.NDArray[Any]]
+    """by site: (layer, token, d_model) int8, or uint16 holding bf16 bits"""
+    scales: dict[str, npt.NDArray[np.float16]]
+    """by site: (layer, token, block); without meaning for bf16"""
+
+    def take(self, places: Ints, pool: Executor) -> "Rows":
+        """Copies of the tokens at `places`, gathered by the pool."""
+
+        def gather(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            out = np.empty((array.shape[0], len(places), array.shape[2]), array.dtype)
+            list(pool.map(lambda layer: np.take(array[layer], places, axis=0, out=out[layer]), range(len(array))))
+            return out
+
+        return Rows(
+            {site: gather(codes) for site, codes in self.codes.items()},
+            {site: gather(scales) for site, scales in self.scales.items()},
+        )
+
+
+class Source:
+    """Split `split` of caches that share everything but their data."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        split: str,
+        *,
+        layers: Sequence[int] | None = None,
+        selection: Selection | None = None,
+        io: str = "mmap",
+    ) -> None:
+        self.caches = [open_cache(path, io=io) for path in paths]
+        self.split, self.selection = split, selection or Selection()
+        _require_same_identity(self.caches)
+        self.manifest: Manifest = self.caches[0].manifest
+        self.layers = tuple(layers) if layers is not None else self.manifest.layers
+        self._layer_indexes = [self.manifest.layer_index(layer) for layer in self.layers]
+        self._splits = [cache[split] for cache in self.caches]
+        self._chunk_ends = np.cumsum([s.n_chunks for s in self._splits])
+        if not sum(len(s) for s in self._splits):
+            raise CacheError(
+                f"{paths[0]} has no tokens in split {split}; harvest with a larger --val-fraction"
+                if split == "val"
+                else f"{paths[0]} has no tokens in split {split}; let the harvest commit a window first"
+            )
+        self.kind = np.concatenate([s.token_column("kind") for s in self._splits])
+        self.sink = np.concatenate([s.token_column("sink") for s in self._splits]).astype(bool)
+        self.sample = self._distinct_samples()
+        kept = [KINDS.index(kind) for kind in self.selection.kept_kinds]
+        self.chosen = np.isin(self.kind, kept) & ~(self.sink & (self.selection.sinks is False))
+        """(token,): counts"""
+        if not self.chosen.any():
+            raise CacheError(f"no token of split {split} is of the kinds {self.selection.kept_kinds}")
+
+    @property
+    def n_chunks(self) -> int:
+        return int(self._chunk_ends[-1])
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that count."""
+        return int(self.chosen.sum())
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """Mean over tokens (not over samples) of how many tokens of its sample there are."""
+        _, counts = np.unique(self.sample[self.chosen], return_counts=True)
+        return float((counts**2).sum() / counts.sum())
+
+    @property
+    def fingerprint(self) -> str:
+        return "+".join(cache.fingerprint for cache in self.caches)
+
+    def tokens_of(self, chunks: Ints) -> tuple[Ints, Ints]:
+        """(place in a buffer that holds these chunks side by side, token number) of the tokens that count."""
+        token = np.empty((len(chunks), CHUNK), np.int64)
+        exists = np.empty((len(chunks), CHUNK), bool)
+        first_token = np.concatenate([[0], np.cumsum([len(s) for s in self._splits])])
+        owner, local = self._owners(chunks)
+        for number, split in enumerate(self._splits):
+            mine = owner == number
+            places = split.chunk_places(local[mine])
+            token[mine] = first_token[number] + places.start[:, None] + np.arange(CHUNK)
+            exists[mine] = np.arange(CHUNK) < places.tokens[:, None]
+        place = np.flatnonzero(exists.ravel())
+        number = token.ravel()[place]
+        counts = self.chosen[number]
+        return place[counts], number[counts]
+
+    def allocate(self, n_chunks: int) -> Rows:
+        """Room for the stored numbers of n_chunks chunks."""
+        shape = (len(self.layers), n_chunks * CHUNK)
+        int8 = self.manifest.precision == "int8"
+        codes = {s: np.empty((*shape, self.manifest.d_model), np.int8 if int8 else np.uint16) for s in SITES}
+        blocks = self.manifest.n_blocks if int8 else 0
+        return Rows(codes, {site: np.empty((*shape, blocks), np.float16) for site in SITES})
+
+    def fill(self, rows: Rows, chunks: Ints, pool: Executor) -> None:
+        """Decode `chunks` side by side into `rows`; one task for each site and layer."""
+        owner, local = self._owners(chunks)
+        windows, slots = np.empty((2, len(chunks)), np.int64)
+        for number, split in enumerate(self._splits):
+            mine = owner == number
+            windows[mine], slots[mine] = split.chunk_places(local[mine])[:2]
+        where = list(zip(owner.tolist(), windows.tolist(), slots.tolist(), strict=True))
+
+        def fill_layer(task: tuple[str, int]) -> None:
+            site, place = task
+            index = self._layer_indexes[place]
+            for at, (number, window, slot) in enumerate(where):
+                part = slice(at * CHUNK, (at + 1) * CHUNK)
+                split = self._splits[number]
+                split.decode(site, index, window, slot, rows.codes[site][place, part])
+                if self.manifest.precision == "int8":
+                    split.decode_scale(site, index, window, slot, rows.scales[site][place, part])
+
+        list(pool.map(fill_layer, [(site, place) for site in SITES for place in range(len(self.layers))]))
+
+    def statistics(self, site: str, selection: Selection | None = None) -> Statistics:
+        """Moments of one site over the tokens that count, of the layers in use."""
+        chosen = selection or self.selection
+        groups = group_mask(chosen.kept_kinds, chosen.sinks)
+        total, count = None, np.zeros(len(groups), np.int64)
+        for split in self._splits:
+            sums, n = split.sums
+            count = count + n
+            part = sums[site]
+            if total is None:
+                total = SiteSums.zeros(part.sum.shape[1], part.sum.shape[2])
+            total.add(part)
+        assert total is not None
+        whole = summarise(total, count, groups)
+        pick = self._layer_indexes
+        return Statistics(whole.tokens, *(getattr(whole, f)[pick] for f in ("mean", "variance", "rms", "absmax", "noise_fvu")))
+
+    def _owners(self, chunks: Ints) -> tuple[Ints, Ints]:
+        """(cache, chunk inside it) of each chunk."""
+        owner = np.searchsorted(self._chunk_ends, chunks, side="right")
+        return owner, chunks - np.concatenate([[0], self._chunk_ends])[owner]
+
+    def _distinct_samples(self) -> npt.NDArray[np.int32]:
+        """Sample numbers, made distinct between caches."""
+        columns, offset = [], 0
+        for split in self._splits:
+            column = split.token_column("sample")
+            columns.append(column + np.int32(offset))
+            offset += int(column.max(initial=-1)) + 1
+        return np.concatenate(columns)
+
+
+def default_threads() -> int:
+    return min(16, len(os.sched_getaffinity(0)))
+
+
+def _require_same_identity(caches: list[Cache]) -> None:
+    """Caches read as one may differ in their data and in nothing else."""
+    data = {"dataset", "dataset_split", "dataset_fingerprint", "tokens", "max_samples", "image_root", "seed"}
+    first = caches[0]
+    for other in caches[1:]:
+        lines = first.manifest.differences(other.manifest)
+        differing = [line for line in lines if line.split(":")[0] not in data]
+        if differing:
+            raise CacheError(
+                f"{first.path} and {other.path} cannot be read as one; they differ in: {'; '.join(differing)}"
+            )

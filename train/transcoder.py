@@ -1,0 +1,168 @@
+"""The cross-layer transcoder: source layers read MLP inputs, and write to their own and later MLP outputs.
+
+    a_s = topk(relu(W_enc[s] x_s + b_enc[s]))
+    y_t = sum over s with t - n_targets < s <= t of  a_s W_dec[s, t]  +  b_dec[t]
+
+(Lindsey et al. 2025, "Circuit Tracing"; Ameisen et al. 2025.) Inside, x and y are standardised: minus the
+cache's mean, over the root mean square deviation of a value. `forward` takes and gives model units.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..cache_format.layout import SITES
+from ..cache_format.statistics import Statistics
+from .config import TranscoderConfig
+from .source import Source
+from .sparse import Codes, TopK, top_k
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All sizes of a transcoder."""
+
+    layers: tuple[int, ...]
+    """Of the model, ascending; sources and targets are counted by their place in this list."""
+    d_model: int
+    n_latents: int
+    """Of each layer."""
+    k: int
+    n_targets: int
+
+    @classmethod
+    def of(cls, config: TranscoderConfig, layers: tuple[int, ...], d_model: int) -> "Shape":
+        latents = config.latents or config.expansion_factor * d_model
+        if config.k > latents:
+            raise ValueError(f"--k: expected at most the {latents} latents of a layer, found {config.k}")
+        return cls(layers, d_model, latents, config.k, config.n_targets)
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    def sources(self, target: int) -> range:
+        """Sources that write to `target`, oldest first."""
+        return range(max(0, target - self.n_targets + 1), target + 1)
+
+    @property
+    def n_pairs(self) -> int:
+        """(source, target) pairs."""
+        return sum(len(self.sources(t)) for t in range(self.n_layers))
+
+    @property
+    def n_parameters(self) -> int:
+        per_latent = self.n_layers * (self.d_model + 1) + self.n_pairs * self.d_model
+        return self.n_latents * per_latent + self.n_layers * self.d_model
+
+
+class Standardiser(nn.Module):
+    """Mean and scale of one site: (layer, d_model) and (layer,)."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+
+    def apply_to(self, values: Tensor, layer: int) -> Tensor:
+        """Model units to standard units, in place: (token, d_model)."""
+        return values.sub_(self.mean[layer]).div_(self.scale[layer])
+
+    def undo(self, values: Tensor, layer: int) -> Tensor:
+        return values * self.scale[layer] + self.mean[layer]
+
+
+class CrossLayerTranscoder(nn.Module):
+    """Parameters by layer, so that a step can hold, update and save one layer at a time.
+
+    W_enc[s] (latent, d_model), b_enc[s] (latent,), W_dec[t] (source, latent, d_model) with the sources of
+    `shape.sources(t)`, b_dec[t] (d_model,). Decoders start at zero, encoders uniform in +-1/sqrt(d_model).
+    """
+
+    def __init__(self, shape: Shape, inputs: Standardiser, outputs: Standardiser, seed: int = 0) -> None:
+        super().__init__()
+        self.shape, self.inputs, self.outputs = shape, inputs, outputs
+        random = torch.Generator().manual_seed(seed)
+        bound = shape.d_model**-0.5
+        like = {"dtype": inputs.mean.dtype}
+
+        def parameters(*sizes: tuple[int, ...]) -> nn.ParameterList:
+            return nn.ParameterList(nn.Parameter(torch.zeros(size, **like)) for size in sizes)
+
+        layers, latents, width = range(shape.n_layers), shape.n_latents, shape.d_model
+        self.W_enc = parameters(*[(latents, width) for _ in layers])
+        self.b_enc = parameters(*[(latents,) for _ in layers])
+        self.W_dec = parameters(*[(len(shape.sources(t)), latents, width) for t in layers])
+        self.b_dec = parameters(*[(width,) for _ in layers])
+        for weight in self.W_enc:
+            nn.init.uniform_(weight, -bound, bound, generator=random)
+
+    def encode_layer(self, standard: Tensor, source: int) -> TopK:
+        """Codes of one source from its standardised inputs (token, d_model)."""
+        pre = torch.addmm(self.b_enc[source], standard, self.W_enc[source].T)
+        return top_k(pre, self.shape.k)
+
+    def decode_layer(self, codes: dict[int, Codes], target: int) -> Tensor:
+        """Standardised output (token, d_model) of one target from the codes of its sources."""
+        out = self.b_dec[target].expand(len(codes[target].values), -1)
+        for place, source in enumerate(self.shape.sources(target)):
+            out = out + codes[source].decode(self.W_dec[target][place])
+        return out
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x: (token, layer, d_model) in model units -> activations (token, layer, latent), mostly zero."""
+        out = x.new_zeros(len(x), self.shape.n_layers, self.shape.n_latents)
+        for source in range(self.shape.n_layers):
+            codes = self.encode_layer(self._standard(x, source), source)
+            out[:, source].scatter_(1, codes.indices, codes.values)
+        return out
+
+    def decode(self, activations: Tensor) -> Tensor:
+        """Activations (token, layer, latent) -> outputs (token, layer, d_model) in model units; dense."""
+        outputs = []
+        for target in range(self.shape.n_layers):
+            sources = self.shape.sources(target)
+            written = torch.einsum(
+                "tsm,smd->td", activations[:, sources.start : sources.stop], self.W_dec[target]
+            )
+            outputs.append(self.outputs.undo(written + self.b_dec[target], target))
+        return torch.stack(outputs, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (token, layer, d_model) -> the MLP outputs it predicts, same shape, in model units."""
+        return self.decode(self.encode(x))
+
+    def _standard(self, x: Tensor, layer: int) -> Tensor:
+        return self.inputs.apply_to(x[:, layer].clone(), layer)
+
+
+def new_transcoder(
+    config: TranscoderConfig, source: Source, dtype: torch.dtype, seed: int
+) -> CrossLayerTranscoder:
+    """A fresh transcoder for the source's layers, standardised by the source's statistics."""
+    shape = Shape.of(config, source.layers, source.manifest.d_model)
+    return CrossLayerTranscoder(
+        shape, *(_standardiser(source.statistics(site), dtype, site) for site in SITES), seed=seed
+    )
+
+
+def empty_transcoder(shape: Shape, dtype: torch.dtype) -> CrossLayerTranscoder:
+    """A transcoder whose numbers are still to be loaded."""
+    blank = [
+        Standardiser(torch.zeros(shape.n_layers, shape.d_model, dtype=dtype), torch.ones(shape.n_layers, dtype=dtype))
+        for _ in SITES
+    ]
+    return CrossLayerTranscoder(shape, *blank)
+
+
+def _standardiser(statistics: Statistics, dtype: torch.dtype, site: str) -> Standardiser:
+    scale = np.sqrt(statistics.variance / statistics.mean.shape[1])
+    if not (scale > 0).all():
+        dead = np.flatnonzero(scale <= 0).tolist()
+        raise ValueError(f"{site} does not vary in layers {dead} (by place); leave them out with --layers")
+    return Standardiser(torch.from_numpy(statistics.mean).to(dtype), torch.from_numpy(scale).to(dtype))
