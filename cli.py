@@ -7,12 +7,14 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from .harvest.config import HarvestConfig
 from .stopping import StopRequested, stop_on_signals
 from .train.config import KINDS, TrainConfig, TranscoderConfig
+
+# typer carries click inside; this is its base of all usage errors, which it does not export
+UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 OK, FAULTY, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -194,7 +196,7 @@ def _answer(as_json: bool, data: dict[str, Any], text: str) -> None:
 def _fail(fault: BaseException, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(fault)
-    text = fault.format_message() if isinstance(fault, click.ClickException) else str(fault)
+    text = fault.format_message() if hasattr(fault, "format_message") else str(fault)
     print(f"error: {' '.join(text.split()) or type(fault).__name__}", file=sys.stderr)
     sys.exit(code)
 
@@ -205,9 +207,9 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         code = app(args=arguments, prog_name="clt", standalone_mode=False)
-    except click.ClickException as fault:
+    except UsageError as fault:
         _fail(fault, BAD_USAGE, debug)
-    except (StopRequested, KeyboardInterrupt, click.Abort) as fault:
+    except (StopRequested, KeyboardInterrupt, typer.Abort) as fault:
         _fail(RuntimeError("interrupted; what was committed is kept, run again to go on") if not debug else fault, INTERRUPTED, debug)
     except ValueError as fault:
         from .cache_format.errors import DamagedCacheError

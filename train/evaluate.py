@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache_format.layout import KINDS
 from .reader import Batch, read_in_order
-from .source import Selection, Source, default_threads
+from .source import Selection, Source, default_threads, has_variance
 from .sparse import Codes
 from .transcoder import CrossLayerTranscoder
 
@@ -22,7 +22,7 @@ class Evaluation(NamedTuple):
     fvu: Doubles
     """(layer,): squared error over the split's own variance"""
     fvu_kind: dict[str, Doubles]
-    """by kind (layer,): error and variance of that kind's tokens alone"""
+    """by kind (layer,): error and variance of that kind's tokens alone; only kinds that vary"""
     fvu_without_offset: dict[int, float]
     """by offset t - s: mean FVU over layers when what sources write across it is left out"""
     l0: Doubles
@@ -112,7 +112,7 @@ def _summary(sums: _Sums, source: Source) -> Evaluation:
     by_kind = {}
     for kind in source.selection.kept_kinds:
         own = source.statistics("mlp_out", Selection((kind,), source.selection.exclude))
-        if own.tokens > 1:
+        if has_variance(own, whole):
             by_kind[kind] = sums.kind[:, KINDS.index(kind)] / (own.variance * own.tokens)
     return Evaluation(
         tokens=sums.tokens,

@@ -28,6 +28,10 @@ FREE_TO_CHANGE = ("save_every", "keep", "log_every", "threads", "io", "run")
 """Settings that a resumed run may have otherwise: they do not change the weights."""
 
 
+SINK_WARNING = 0.5
+"""Warn when sinks hold more than this share of a layer's variance."""
+
+
 class Plan(NamedTuple):
     """What follows from config and cache."""
 
@@ -82,6 +86,11 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
     if resume:
         run.restore(checkpoint_folder(config.run))
     _say(_summary(run))
+    if (share := source.sink_share()) > SINK_WARNING:
+        _say(
+            f"warning: sinks (massive activations) hold {share:.0%} of the variance of a layer; FVU will hardly "
+            "see the other tokens there. --exclude bos,sink leaves them out"
+        )
     metrics = MetricsFile(config.run / "metrics.jsonl", run.step)
     with run.reader, Progress("train", total=run.plan.tokens, unit="tok", done=run.tokens) as progress:
         began, fvu = time.monotonic(), math.nan

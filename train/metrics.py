@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cache_format.layout import KINDS
 from .order import measured_partners
 from .reader import Batch
-from .source import Selection, Source
+from .source import Selection, Source, has_variance
 from .step import StepResult
 from .transcoder import CrossLayerTranscoder
 
@@ -23,17 +23,19 @@ class KindVariance:
     def __init__(self, source: Source, model: CrossLayerTranscoder) -> None:
         self.source = source
         scale = model.outputs.scale.cpu().double().numpy()
-        self._variance = {
-            kind: source.statistics("mlp_out", Selection((kind,), source.selection.exclude)).variance / scale**2
-            for kind in source.selection.kept_kinds
-        }
+        whole = source.statistics("mlp_out")
+        self._variance = {}
+        for kind in source.selection.kept_kinds:
+            own = source.statistics("mlp_out", Selection((kind,), source.selection.exclude))
+            if has_variance(own, whole):
+                self._variance[kind] = own.variance / scale**2
 
     def fvu(self, square_error: Tensor, kind_of: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, float]:
         """Mean over layers, by kind, of squared error (layer, token) over variance."""
         found = {}
         for kind, variance in self._variance.items():
             mine = torch.from_numpy(kind_of == KINDS.index(kind)).to(square_error.device)
-            if mine.any() and (variance > 0).all():
+            if mine.any():
                 mean = square_error[:, mine].double().mean(dim=1).cpu().numpy()
                 found[kind] = float((mean / variance).mean())
         return found

@@ -36,7 +36,7 @@ class LayerwiseAdam:
         adam = self._adams[side, layer]
         for name, grad in grads.items():
             getattr(self._model, name)[layer].grad = grad
-            self.square_norm += float(grad.square().sum())
+            self.square_norm += float(torch.linalg.vector_norm(grad)) ** 2
         adam.param_groups[0]["lr"] = self._lr
         adam.step()
         adam.zero_grad(set_to_none=True)

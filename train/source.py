@@ -15,6 +15,10 @@ from ..cache_format.statistics import SiteSums, Statistics, group_mask, summaris
 from .order import Ints
 
 
+SAME = 1e-6
+"""Tokens whose variance is below this share of the whole's are one vector and its rounding."""
+
+
 class Selection(NamedTuple):
     """Tokens that count."""
 
@@ -170,6 +174,12 @@ class Source:
         pick = self._layer_indexes
         return Statistics(whole.tokens, *(getattr(whole, f)[pick] for f in ("mean", "variance", "rms", "absmax", "noise_fvu")))
 
+    def sink_share(self) -> float:
+        """Largest share, over layers, that sinks have in the variance of mlp_out."""
+        without = Selection(self.selection.kinds, (*self.selection.exclude, "sink"))
+        whole, rest = self.statistics("mlp_out"), self.statistics("mlp_out", without)
+        return float(1 - (rest.variance * rest.tokens / (whole.variance * whole.tokens)).min())
+
     def _owners(self, chunks: Ints) -> tuple[Ints, Ints]:
         """(cache, chunk inside it) of each chunk."""
         owner = np.searchsorted(self._chunk_ends, chunks, side="right")
@@ -183,6 +193,11 @@ class Source:
             columns.append(column + np.int32(offset))
             offset += int(column.max(initial=-1)) + 1
         return np.concatenate(columns)
+
+
+def has_variance(part: Statistics, whole: Statistics) -> bool:
+    """Whether the tokens of a part differ from each other: BOS, say, is the same vector every time."""
+    return part.tokens > 1 and bool((part.variance > SAME * whole.variance).all())
 
 
 def default_threads() -> int:

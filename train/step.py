@@ -84,9 +84,9 @@ def _target(
     weight = model.W_dec[target]
     wanted = [part.targets(target) for part in parts]
     scale = 1 / _total_variance(wanted, variance)
-    grads = {"W_dec": torch.zeros_like(weight), "b_dec": torch.zeros_like(model.b_dec[target])}
+    grads = {"W_dec": torch.empty_like(weight), "b_dec": torch.zeros_like(model.b_dec[target])}
     errors = []
-    for part, truth in zip(parts, wanted, strict=True):
+    for number, (part, truth) in enumerate(zip(parts, wanted, strict=True)):
         error = model.decode_layer(part.codes, target) - truth
         errors.append(error.square().sum(dim=1))
         grad = error.mul_(2 * scale)
@@ -94,7 +94,11 @@ def _target(
         for place, source in enumerate(model.shape.sources(target)):
             codes = part.codes[source]
             part.code_grads[source] += codes.code_grad(grad, weight[place])
-            grads["W_dec"][place] += codes.weight_grad(grad)
+            change = codes.weight_grad(grad)
+            if number == 0:
+                grads["W_dec"][place] = change
+            else:
+                grads["W_dec"][place] += change
     apply("decoder", target, grads)
     per_token = torch.cat(errors)
     return per_token.sum() * scale, per_token
