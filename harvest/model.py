@@ -1,7 +1,9 @@
 """Loading a model, and finding the MLPs of its language model."""
 
 import hashlib
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from transformers.utils.logging import disable_progress_bar
 
 from .config import HarvestConfig
 
@@ -60,6 +64,10 @@ class Hookpoints:
 
 def load_model(config: HarvestConfig) -> LoadedModel:
     """Load model and processor; ValueError, on one line, where that does not work."""
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
+        raise ValueError(f"model {config.model!r}: expected a folder or a hub id, found no such folder")
+    if not sys.stderr.isatty():
+        disable_progress_bar()
     common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -46,11 +46,15 @@ def predicted_partners(
 ) -> float:
     """m: tokens of its own sample that a token is expected to meet in its batch.
 
-    (B-1)(T-1) [c/(R W) + 1/N] for chunks of c tokens from windows of W, in buffers of R; a perfect shuffle
-    has (B-1)(T-1)/N.
+    A sample's tokens lie in one window of W. Another one of them is in the same chunk of c with probability
+    (c-1)/(W-1), in another chunk of the same buffer of R with (R-c)/(N-c), and those in one buffer share
+    a batch of B with (B-1)/(R-1). A perfect shuffle has (B-1)(T-1)/N.
     """
-    spread = CHUNK / (min(buffer, n_tokens) * min(window, n_tokens)) if n_tokens > buffer else 0.0
-    return (min(batch, n_tokens) - 1) * (tokens_per_sample - 1) * (spread + 1 / n_tokens)
+    window, buffer = min(window, n_tokens), min(buffer, n_tokens)
+    batch, chunk = min(batch, buffer), min(CHUNK, n_tokens)
+    same_chunk = (chunk - 1) / max(1, window - 1)
+    same_buffer = same_chunk + (1 - same_chunk) * (buffer - chunk) / max(1, n_tokens - chunk)
+    return (tokens_per_sample - 1) * same_buffer * (batch - 1) / max(1, buffer - 1)
 
 
 def measured_partners(samples: npt.NDArray[np.int32]) -> float:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
+with warnings.catch_warnings():  # torch says once a process that CSR is in beta; nobody can act on it
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=False)
 
 
 class TopK(NamedTuple):
@@ -47,7 +48,7 @@ class Codes:
 
     def code_grad(self, grad: Tensor, weight: Tensor) -> Tensor:
         """For each code, its latent's row of weight times its token's row of grad: (token, k)."""
-        places = torch.sparse_csr_tensor(*self._rows, torch.zeros_like(self.values).flatten(), self._size)
+        places = _csr(*self._rows, torch.zeros_like(self.values).flatten(), self._size)
         products = torch.sparse.sampled_addmm(places, grad, weight.T)
         return products.values().view_as(self.values)
 
@@ -71,7 +72,7 @@ class Codes:
 
     @cached_property
     def _matrix(self) -> Tensor:
-        return torch.sparse_csr_tensor(*self._rows, self.values.flatten(), self._size)
+        return _csr(*self._rows, self.values.flatten(), self._size)
 
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,4 +86,8 @@ class Codes:
 
     def _transposed(self, values: Tensor) -> Tensor:
         starts, columns, order = self._by_latent
-        return torch.sparse_csr_tensor(starts, columns, values.flatten()[order], self._size[::-1])
+        return _csr(starts, columns, values.flatten()[order], self._size[::-1])
+
+
+def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)

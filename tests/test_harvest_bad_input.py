@@ -1,0 +1,197 @@
+"""What real data gets wrong: each fault is met with one clear line, and nothing else is lost."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import clt.cache_format.files
+from clt.cache_format import open_cache, verify_cache
+from clt.harvest.config import HarvestConfig
+from clt.harvest.run import harvest
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_llava(tmp_path_factory.mktemp("model"))
+
+
+def configure(model: Path, dataset: Path, cache: Path, **options: Any) -> HarvestConfig:
+    defaults: dict[str, Any] = {"window": 64, "val_fraction": 0.0, "max_bad_fraction": 1.0}
+    return HarvestConfig(model=str(model), dataset=str(dataset), cache=cache, **{**defaults, **options})
+
+
+def say(value: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": value}, {"from": "gpt", "value": "a red circle"}]
+
+
+BAD_ROWS = {
+    "missing image": ({"image": "nowhere.png", "conversations": say("<image>\nwhat")}, "cannot be read: No such file"),
+    "broken image": ({"image": "broken.png", "conversations": say("<image>\nwhat")}, "'broken.png' cannot be read"),
+    "empty image": ({"image": "empty.png", "conversations": say("<image>\nwhat")}, "'empty.png' cannot be read"),
+    "path that climbs out": ({"image": "../../secret.png", "conversations": say("<image>\nx")}, "lies outside"),
+    "address": ({"image": "https://example.org/a.png", "conversations": say("<image>\nx")}, "addresses are not fetched"),
+    "more tags than images": ({"image": "good.png", "conversations": say("<image> <image> x")}, "2 times <image>"),
+    "image without a tag": ({"image": "good.png", "conversations": say("what is it")}, "0 times <image>"),
+    "tag without an image": ({"conversations": say("<image>\nwhat")}, "1 times <image> in the text, but 0 images"),
+    "no text": ({"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": ""}]}, "no text"),
+    "no turns": ({"conversations": []}, "expected a list that is not empty"),
+    "unknown speaker": ({"conversations": [{"from": "robot", "value": "x"}]}, "'robot'"),
+    "wrong types": ({"conversations": [{"from": "human", "value": 3}]}, 'expected {"from": ..., "value": ...}'),
+    "no known column": ({"caption": "x"}, "expected `conversations` or a string in `text`"),
+    "image token in plain text": ({"text": "see <image> there"}, "the model's image token"),
+    "image that does not fit": (
+        {"image": "good.png", "conversations": say("a red circle " * 20 + "<image>")},
+        "beyond ctx-len 64",
+    ),
+}
+
+
+def write_pictures(folder: Path) -> None:
+    tiny.write_picture(folder / "good.png", np.random.default_rng(0))
+    whole = (folder / "good.png").read_bytes()
+    (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.png").write_bytes(b"")
+
+
+def test_each_bad_sample_is_listed_and_the_good_ones_are_stored(model: Path, tmp_path: Path) -> None:
+    """rejected.jsonl names each one and why; the cache holds the good ones and verifies."""
+    write_pictures(tmp_path / "data")
+    rows = [{"id": name, **row} for name, (row, _) in BAD_ROWS.items()]
+    good = [tiny.picture_row(0, "good.png"), tiny.picture_row(1, "good.png", "a blue square on a green background")]
+    path = tiny.write_rows(tmp_path / "data", [good[0], *rows, good[1]])
+    with open(path, "ab") as file:
+        file.write(b'{"id": "cut off", "conversa\n\n\xff\xfe not utf-8\n[1, 2]\n')
+    report = harvest(configure(model, path, tmp_path / "c", ctx_len=64))
+    cache = open_cache(tmp_path / "c")
+    assert report.complete
+    assert {line["id"] for line in cache.samples().values()} == {"picture-0", "picture-1"}
+    reasons = {line["id"]: line["reason"] for line in cache.rejected()}
+    for name, (_, reason) in BAD_ROWS.items():
+        assert reason in reasons[name], reasons[name]
+    unreadable = [reason for name, reason in reasons.items() if name.startswith("row-")]
+    assert sum("not a line of JSON" in reason for reason in unreadable) == 2
+    assert sum("expected a JSON object, found list" in reason for reason in unreadable) == 1
+    assert report.rejected == len(BAD_ROWS) + 3
+    assert verify_cache(str(tmp_path / "c"), full=True) == []
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "P", "I;16", "L", "RGBA", "1"])
+def test_every_kind_of_picture_is_read(model: Path, tmp_path: Path, mode: str) -> None:
+    """Palette, 16-bit, grey, CMYK, transparent and one-bit pictures become RGB."""
+    (tmp_path / "data").mkdir()
+    name = "odd.tif" if mode == "CMYK" else "odd.png"
+    Image.new(mode, (30, 20)).save(tmp_path / "data" / name)
+    path = tiny.write_rows(tmp_path / "data", [tiny.picture_row(0, name)])
+    assert harvest(configure(model, path, tmp_path / "c")).rejected == 0
+    assert open_cache(tmp_path / "c").samples()[0]["images"][0]["size"] == [30, 20]
+
+
+def test_fail_names_the_sample(model: Path, tmp_path: Path) -> None:
+    path = tiny.write_rows(tmp_path / "data", [{"id": "me", "conversations": say("<image> x")}])
+    with pytest.raises(ValueError, match=r"sample 'me' \(row 0\): 1 times <image>"):
+        harvest(configure(model, path, tmp_path / "c", on_bad_sample="fail"))
+
+
+def test_nothing_but_bad_samples_is_an_error(model: Path, tmp_path: Path) -> None:
+    path = tiny.write_rows(tmp_path / "data", [{"id": "me", "conversations": say("<image> x")}])
+    with pytest.raises(ValueError, match=r"of 1 samples none could be stored; see .*rejected.jsonl"):
+        harvest(configure(model, path, tmp_path / "c"))
+    assert "1 times <image>" in (tmp_path / "c" / "rejected.jsonl").read_text()
+
+
+def test_too_many_bad_samples_stop_the_run(model: Path, tmp_path: Path) -> None:
+    rows = [{"id": i, "conversations": say("<image> x" if i % 4 == 0 else "x")} for i in range(200)]
+    path = tiny.write_rows(tmp_path / "data", rows)
+    with pytest.raises(ValueError, match=r"of 1\d\d samples are bad, more than --max-bad-fraction 0.05"):
+        harvest(configure(model, path, tmp_path / "c", max_bad_fraction=0.05))
+    assert "1 times <image>" in (tmp_path / "c" / "rejected.jsonl").read_text()
+
+
+def test_pictures_for_a_language_model_are_refused(tmp_path: Path) -> None:
+    llama = tiny.save_llama(tmp_path / "llama")
+    path = tiny.write_rows(tmp_path / "data", [{"conversations": say("x")}])
+    with pytest.raises(ValueError, match="has no chat template, so it cannot read conversations"):
+        harvest(configure(llama, path, tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "nowhere.txt"}, r"dataset 'nowhere.txt': expected a file, a folder or a hub name"),
+        ({"model": "./nowhere"}, r"model './nowhere': expected a folder or a hub id, found no such folder"),
+        ({"mlp": "layers.{}.nothing"}, r"--mlp 'layers.{}.nothing' matches no module; candidates: .*layers.{}.mlp"),
+        ({"layers": "0-9"}, r"--layers: expected some of the 3 layers 0 to 2, found '0-9'"),
+    ],
+)
+def test_wrong_arguments_say_what_was_expected(
+    model: Path, tmp_path: Path, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    path = tiny.write_rows(tmp_path / "data", [{"conversations": say("x")}])
+    settings = {"model": str(model), "dataset": str(path), "cache": tmp_path / "c", **options}
+    with pytest.raises(ValueError, match=message):
+        harvest(HarvestConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "int4"}, "--precision: expected one of int8, bf16, found 'int4'"),
+        ({"val_fraction": 1.5}, "--val-fraction: expected a fraction from 0 to 1, found 1.5"),
+        ({"window": 100}, "--window: expected a multiple of 64, found 100"),
+        ({"exclude": ("sink",)}, "--exclude: expected one of text, image, bos, template"),
+        ({"tokens": 0}, "--tokens: expected at least 1, found 0"),
+        ({"rank": 2, "world_size": 2}, "--rank: expected 0 to 1, found 2"),
+    ],
+)
+def test_config_is_checked_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HarvestConfig(model="m", dataset="d", cache=Path("c"), **options)
+
+
+def test_full_disk_keeps_what_is_committed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENOSPC in the middle of a window: the error passes on, the committed windows open, a rerun completes."""
+    tiny.write_dataset(tmp_path / "data")
+    config = configure(model, tmp_path / "data" / "train.jsonl", tmp_path / "c", batch_tokens=70)
+    write, calls = clt.cache_format.writer.write_file, []
+
+    def failing(path: Path, data: bytes) -> None:
+        calls.append(path)
+        if len(calls) > 100:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, data)
+
+    monkeypatch.setattr(clt.cache_format.writer, "write_file", failing)
+    with pytest.raises(OSError, match="No space left on device"):
+        harvest(config)
+    monkeypatch.undo()
+    assert not open_cache(tmp_path / "c").complete
+    assert harvest(config).complete
+    assert verify_cache(str(tmp_path / "c"), full=True) == []
+
+
+def test_a_disk_too_small_is_refused_before_the_first_token(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny.write_rows(tmp_path / "data", [{"conversations": say("x")}])
+    monkeypatch.setattr("clt.harvest.run.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
+    with pytest.raises(ValueError, match=r"expected room for up to 0\.\d GB, found 0\.0 GB free"):
+        harvest(configure(model, path, tmp_path / "c", tokens=10**6))
+
+
+def test_byte_order_mark_and_json_list(model: Path, tmp_path: Path) -> None:
+    """A BOM in front, and a .json file that is one list, as LLaVA-Instruct ships."""
+    folder = tmp_path / "data"
+    rows = [{"id": str(i), "conversations": say("what is it")} for i in range(3)]
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, rows)).encode())
+    (folder / "b.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "b.json"):
+        assert harvest(configure(model, folder / name, tmp_path / name)).rejected == 0
+        assert len(open_cache(tmp_path / name).samples()) == 3

@@ -1,0 +1,42 @@
+"""What ships: every package of the tree, the format's specification, and a reason for each dependency."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_pyproject_lists_every_package() -> None:
+    """A package that is not listed would work in a checkout and be missing from the wheel."""
+    tree = {
+        f"clt.{path.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
+        for name in ("cache_format", "harvest", "train")
+        for path in (ROOT / name).rglob("__init__.py")
+    }
+    assert tree | {"clt"} == set(PROJECT["tool"]["setuptools"]["packages"])
+
+
+def test_training_needs_no_model_libraries() -> None:
+    """transformers and datasets are an extra, not a dependency."""
+    names = " ".join(PROJECT["project"]["dependencies"])
+    assert not any(word in names for word in ("transformers", "datasets", "pillow"))
+    assert "transformers" in " ".join(PROJECT["project"]["optional-dependencies"]["harvest"])
+
+
+def test_each_dependency_says_why() -> None:
+    """One comment a line in pyproject.toml."""
+    lines = (ROOT / "pyproject.toml").read_text().splitlines()
+    start = lines.index("dependencies = [") + 1
+    for line in lines[start : lines.index("]", start)]:
+        assert "# " in line, line
+
+
+def test_format_document_ships() -> None:
+    assert PROJECT["tool"]["setuptools"]["package-data"]["clt.cache_format"] == ["FORMAT.md"]
+    assert (ROOT / "cache_format" / "FORMAT.md").exists()
+
+
+def test_only_the_known_modules_lie_at_the_root() -> None:
+    """Every .py at the root ships inside `clt`."""
+    assert {path.name for path in ROOT.glob("*.py")} == {"cli.py", "progress.py", "stopping.py"}
