@@ -39,9 +39,13 @@ def everywhere(
 @app.command("harvest")
 def harvest_command(
     model: Annotated[str, typer.Argument(help="hub id or folder of a language or vision-language model")],
-    dataset: Annotated[str, typer.Argument(help=".jsonl, .json or .parquet file, folder of datasets, or hub name")],
+    dataset: Annotated[
+        str, typer.Argument(help=".jsonl, .json or .parquet file, folder of datasets, or hub name")
+    ],
     cache: Annotated[Path, typer.Argument(help="folder to write; run again to go on where it stopped")],
-    tokens: Annotated[int | None, typer.Option(help="stop after this many stored tokens of split train")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="stop after this many stored tokens of split train")
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="0-31, 0,4,8 or 0-31:4 [default: all]")] = None,
     input_site: Annotated[str, typer.Option(help="mlp_in, or resid_mid (before the MLP's norm)")] = "mlp_in",
     precision: Annotated[str, typer.Option(help="int8 (block-scaled) or bf16 (bit-exact)")] = "int8",
@@ -49,9 +53,13 @@ def harvest_command(
     window: Annotated[int, typer.Option(help="tokens shuffled and committed together")] = 16384,
     val_fraction: Annotated[float, typer.Option(help="share of the samples for split val")] = 0.01,
     ctx_len: Annotated[int, typer.Option(help="tokens a sample; an image is never cut in two")] = 1024,
-    keep_image_tokens: Annotated[float, typer.Option(help="seeded random fraction of each image's tokens")] = 1.0,
+    keep_image_tokens: Annotated[
+        float, typer.Option(help="seeded random fraction of each image's tokens")
+    ] = 1.0,
     exclude: Annotated[str | None, typer.Option(help="kinds never stored, such as template,bos")] = None,
-    image_root: Annotated[Path | None, typer.Option(help="where image paths start [default: the dataset's folder]")] = None,
+    image_root: Annotated[
+        Path | None, typer.Option(help="where image paths start [default: the dataset's folder]")
+    ] = None,
     text_column: Annotated[str | None, typer.Option(help="column of plain text [default: text]")] = None,
     split: Annotated[str, typer.Option(help="split of a hub dataset or folder")] = "train",
     max_samples: Annotated[int | None, typer.Option(help="read at most this many samples")] = None,
@@ -61,12 +69,20 @@ def harvest_command(
     device: Annotated[str | None, typer.Option(help="[default: cuda where there is one]")] = None,
     revision: Annotated[str | None, typer.Option(help="of a hub model")] = None,
     attn: Annotated[str | None, typer.Option(help="attention implementation")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run code that comes with the model")] = False,
-    mlp: Annotated[str | None, typer.Option(help="such as model.language_model.layers.{}.mlp [default: found]")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the model")
+    ] = False,
+    mlp: Annotated[
+        str | None, typer.Option(help="such as model.language_model.layers.{}.mlp [default: found]")
+    ] = None,
     on_bad_sample: Annotated[str, typer.Option(help="skip (list it in rejected.jsonl) or fail")] = "skip",
-    max_bad_fraction: Annotated[float, typer.Option(help="stop when more samples than this share are bad")] = 0.05,
+    max_bad_fraction: Annotated[
+        float, typer.Option(help="stop when more samples than this share are bad")
+    ] = 0.05,
     rank: Annotated[int | None, typer.Option(help="this process [default: torchrun's]")] = None,
-    world_size: Annotated[int | None, typer.Option(help="processes that write one cache [default: torchrun's]")] = None,
+    world_size: Annotated[
+        int | None, typer.Option(help="processes that write one cache [default: torchrun's]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the model over the dataset once and store what its MLPs read and wrote."""
@@ -99,7 +115,7 @@ def verify(
     full: Annotated[bool, typer.Option("--full", help="check and decode every byte")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check a cache: existence, sizes and indexes of all files; with --full every checksum. Exit 1 on a fault."""
+    """Check a cache: existence, sizes and indexes of all files; --full: every checksum. Exit 1 on a fault."""
     from .cache_format.reader import read_manifest
     from .cache_format.verify import n_files, verify_cache
     from .progress import Progress
@@ -107,7 +123,11 @@ def verify(
     read_manifest(cache)  # a folder that is no cache is a wrong argument, not a fault
     with Progress("verify", total=n_files(str(cache)), unit="files") as progress:
         faults = verify_cache(str(cache), full, progress.add)
-    text = "\n".join(faults) if faults else f"{cache}: no fault found{'' if full else ' (sizes and indexes; --full reads all)'}"
+    text = (
+        "\n".join(faults)
+        if faults
+        else f"{cache}: no fault found{'' if full else ' (sizes and indexes; --full reads all)'}"
+    )
     _answer(as_json, {"faults": faults, "full": full}, text)
     if faults:
         raise typer.Exit(FAULTY)
@@ -120,17 +140,28 @@ def train_command(
     out: Annotated[Path | None, typer.Option(help="run folder instead of checkpoints/NAME")] = None,
     k: Annotated[int, typer.Option(help="active latents of a token and layer")] = 32,
     expansion_factor: Annotated[int, typer.Option(help="latents of a layer / d_model")] = 2,
-    latents: Annotated[int | None, typer.Option(help="latents of a layer, instead of --expansion-factor")] = None,
+    latents: Annotated[
+        int | None, typer.Option(help="latents of a layer, instead of --expansion-factor")
+    ] = None,
     n_targets: Annotated[int, typer.Option(help="layers a source writes to, its own included")] = 16,
-    layers: Annotated[str | None, typer.Option(help="0-31, 0,4,8 or 0-31:4 [default: all in the cache]")] = None,
-    fvu_variance: Annotated[str, typer.Option(help="the loss is divided by that of the cache, or of the batch")] = "cache",
+    layers: Annotated[
+        str | None, typer.Option(help="0-31, 0,4,8 or 0-31:4 [default: all in the cache]")
+    ] = None,
+    loss_fn: Annotated[
+        str, typer.Option(help="fvu: squared error over variance, summed over targets")
+    ] = "fvu",
+    fvu_variance: Annotated[
+        str, typer.Option(help="the loss is divided by that of the cache, or of the batch")
+    ] = "cache",
     batch_tokens: Annotated[int, typer.Option(help="tokens of a micro-batch")] = 4096,
     grad_acc_steps: Annotated[int, typer.Option(help="micro-batches of a step")] = 1,
     epochs: Annotated[float, typer.Option(help="passes over the cache")] = 1.0,
     steps: Annotated[int | None, typer.Option(help="optimiser steps at most")] = None,
     tokens: Annotated[int | None, typer.Option(help="tokens at most")] = None,
     lr: Annotated[float | None, typer.Option(help="[default: 2e-4 / sqrt(latents / 16384)]")] = None,
-    lr_warmup_steps: Annotated[int | None, typer.Option(help="[default: 1000, or a tenth of the run]")] = None,
+    lr_warmup_steps: Annotated[
+        int | None, typer.Option(help="[default: 1000, or a tenth of the run]")
+    ] = None,
     lr_schedule: Annotated[str, typer.Option(help="linear, cosine or constant")] = "linear",
     kinds: Annotated[str, typer.Option(help="kinds of tokens that count")] = ",".join(KINDS),
     exclude: Annotated[str | None, typer.Option(help="kinds that do not count, and sink: bos,sink")] = None,
@@ -158,14 +189,18 @@ def train_command(
 
     with stop_on_signals():
         report = train(config, resume)
-    text = f"{report.run}: {report.steps} steps, {report.tokens} tokens, FVU of the last step {report.fvu:.4f}"
+    text = (
+        f"{report.run}: {report.steps} steps, {report.tokens} tokens, FVU of the last step {report.fvu:.4f}"
+    )
     _answer(as_json, {**report._asdict(), "run": str(report.run)}, text)
 
 
 @app.command("eval")
 def eval_command(
     run: Annotated[Path, typer.Argument(help="run folder, or one checkpoint in it")],
-    cache: Annotated[list[Path] | None, typer.Option(help="held-out tokens [default: the run's own caches]")] = None,
+    cache: Annotated[
+        list[Path] | None, typer.Option(help="held-out tokens [default: the run's own caches]")
+    ] = None,
     split: Annotated[str, typer.Option(help="val or train")] = "val",
     threads: Annotated[int | None, typer.Option(help="decoding threads [default: one a core]")] = None,
     as_json: AsJson = False,
@@ -210,7 +245,13 @@ def main() -> None:
     except UsageError as fault:
         _fail(fault, BAD_USAGE, debug)
     except (StopRequested, KeyboardInterrupt, typer.Abort) as fault:
-        _fail(RuntimeError("interrupted; what was committed is kept, run again to go on") if not debug else fault, INTERRUPTED, debug)
+        _fail(
+            RuntimeError("interrupted; what was committed is kept, run again to go on")
+            if not debug
+            else fault,
+            INTERRUPTED,
+            debug,
+        )
     except ValueError as fault:
         from .cache_format.errors import DamagedCacheError
 

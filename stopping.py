@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class StopRequested(Exception):  # noqa: N818 - not an error: the user asked
+class StopRequested(Exception):
     """Raised by `check` after a signal; work that was committed is kept."""
 
     requested = False

@@ -54,7 +54,7 @@ def prose() -> Iterator[str]:
     seen: set[str] = set()
     for root in roots:
         for file in sorted(root.rglob("*.py")):
-            if "site-packages" in file.parts and "site-packages" not in root.parts or "test" in str(file):
+            if ("site-packages" in file.parts and "site-packages" not in root.parts) or "test" in str(file):
                 continue
             for text in docstrings(file):
                 for paragraph in re.split(r"\n\s*\n", text):

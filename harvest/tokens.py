@@ -54,7 +54,8 @@ def prepare(sample: Sample, number: int, model: LoadedModel, config: HarvestConf
     row, col = _patches(ids, model, len(sample.pictures))
     length = min(len(ids), config.ctx_len)
     if (kind[length:] == IMAGE).any():
-        raise BadSample(f"an image ends at token {int(np.flatnonzero(kind == IMAGE)[-1]) + 1}, beyond ctx-len {config.ctx_len}")
+        end = int(np.flatnonzero(kind == IMAGE)[-1]) + 1
+        raise BadSample(f"an image ends at token {end}, beyond ctx-len {config.ctx_len}")
     keep = _chosen(kind[:length], number, config)
     full = {
         "sample": np.full(length, number),
@@ -67,7 +68,9 @@ def prepare(sample: Sample, number: int, model: LoadedModel, config: HarvestConf
     line = {
         "sample": number,
         "id": sample.id,
-        "images": [{"file": p.reference, "sha256": p.sha256, "size": list(p.image.size)} for p in sample.pictures],
+        "images": [
+            {"file": p.reference, "sha256": p.sha256, "size": list(p.image.size)} for p in sample.pictures
+        ],
         "length": length,
         "cut": len(ids) - length,
         "stored": int(keep.sum()),
@@ -79,7 +82,9 @@ def prepare(sample: Sample, number: int, model: LoadedModel, config: HarvestConf
 def _tokenise_turns(sample: Sample, model: LoadedModel) -> tuple[dict[str, Tensor], npt.NDArray[np.bool_]]:
     """The processor's output, and (token,) whether a token is content rather than the chat template's."""
     if model.tokenizer.chat_template is None and getattr(model.processor, "chat_template", None) is None:
-        raise ValueError(f"{model.name} has no chat template, so it cannot read conversations; harvest plain text")
+        raise ValueError(
+            f"{model.name} has no chat template, so it cannot read conversations; harvest plain text"
+        )
     rendered = render(sample, model)
     spans = _content_spans(sample, rendered)
     bos = model.tokenizer.bos_token
@@ -142,7 +147,9 @@ def _carry_over(
     return flags
 
 
-def _kinds(ids: npt.NDArray[np.int64], in_content: npt.NDArray[np.bool_], model: LoadedModel) -> npt.NDArray[np.uint8]:
+def _kinds(
+    ids: npt.NDArray[np.int64], in_content: npt.NDArray[np.bool_], model: LoadedModel
+) -> npt.NDArray[np.uint8]:
     kind = np.where(in_content, TEXT, TEMPLATE).astype(np.uint8)
     kind[np.isin(ids, model.tokenizer.all_special_ids)] = TEMPLATE
     if len(ids) and ids[0] == model.tokenizer.bos_token_id:

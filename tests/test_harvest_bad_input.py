@@ -31,18 +31,45 @@ def say(value: str) -> list[dict[str, str]]:
 
 
 BAD_ROWS = {
-    "missing image": ({"image": "nowhere.png", "conversations": say("<image>\nwhat")}, "cannot be read: No such file"),
-    "broken image": ({"image": "broken.png", "conversations": say("<image>\nwhat")}, "'broken.png' cannot be read"),
-    "empty image": ({"image": "empty.png", "conversations": say("<image>\nwhat")}, "'empty.png' cannot be read"),
-    "path that climbs out": ({"image": "../../secret.png", "conversations": say("<image>\nx")}, "lies outside"),
-    "address": ({"image": "https://example.org/a.png", "conversations": say("<image>\nx")}, "addresses are not fetched"),
-    "more tags than images": ({"image": "good.png", "conversations": say("<image> <image> x")}, "2 times <image>"),
+    "missing image": (
+        {"image": "nowhere.png", "conversations": say("<image>\nwhat")},
+        "cannot be read: No such file",
+    ),
+    "broken image": (
+        {"image": "broken.png", "conversations": say("<image>\nwhat")},
+        "'broken.png' cannot be read",
+    ),
+    "empty image": (
+        {"image": "empty.png", "conversations": say("<image>\nwhat")},
+        "'empty.png' cannot be read",
+    ),
+    "path that climbs out": (
+        {"image": "../../secret.png", "conversations": say("<image>\nx")},
+        "lies outside",
+    ),
+    "address": (
+        {"image": "https://example.org/a.png", "conversations": say("<image>\nx")},
+        "addresses are not fetched",
+    ),
+    "more tags than images": (
+        {"image": "good.png", "conversations": say("<image> <image> x")},
+        "2 times <image>",
+    ),
     "image without a tag": ({"image": "good.png", "conversations": say("what is it")}, "0 times <image>"),
-    "tag without an image": ({"conversations": say("<image>\nwhat")}, "1 times <image> in the text, but 0 images"),
-    "no text": ({"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": ""}]}, "no text"),
+    "tag without an image": (
+        {"conversations": say("<image>\nwhat")},
+        "1 times <image> in the text, but 0 images",
+    ),
+    "no text": (
+        {"conversations": [{"from": "human", "value": " "}, {"from": "gpt", "value": ""}]},
+        "no text",
+    ),
     "no turns": ({"conversations": []}, "expected a list that is not empty"),
     "unknown speaker": ({"conversations": [{"from": "robot", "value": "x"}]}, "'robot'"),
-    "wrong types": ({"conversations": [{"from": "human", "value": 3}]}, 'expected {"from": ..., "value": ...}'),
+    "wrong types": (
+        {"conversations": [{"from": "human", "value": 3}]},
+        'expected {"from": ..., "value": ...}',
+    ),
     "no known column": ({"caption": "x"}, "expected `conversations` or a string in `text`"),
     "image token in plain text": ({"text": "see <image> there"}, "the model's image token"),
     "image that does not fit": (
@@ -63,7 +90,10 @@ def test_each_bad_sample_is_listed_and_the_good_ones_are_stored(model: Path, tmp
     """rejected.jsonl names each one and why; the cache holds the good ones and verifies."""
     write_pictures(tmp_path / "data")
     rows = [{"id": name, **row} for name, (row, _) in BAD_ROWS.items()]
-    good = [tiny.picture_row(0, "good.png"), tiny.picture_row(1, "good.png", "a blue square on a green background")]
+    good = [
+        tiny.picture_row(0, "good.png"),
+        tiny.picture_row(1, "good.png", "a blue square on a green background"),
+    ]
     path = tiny.write_rows(tmp_path / "data", [good[0], *rows, good[1]])
     with open(path, "ab") as file:
         file.write(b'{"id": "cut off", "conversa\n\n\xff\xfe not utf-8\n[1, 2]\n')
@@ -125,7 +155,10 @@ def test_pictures_for_a_language_model_are_refused(tmp_path: Path) -> None:
     [
         ({"dataset": "nowhere.txt"}, r"dataset 'nowhere.txt': expected a file, a folder or a hub name"),
         ({"model": "./nowhere"}, r"model './nowhere': expected a folder or a hub id, found no such folder"),
-        ({"mlp": "layers.{}.nothing"}, r"--mlp 'layers.{}.nothing' matches no module; candidates: .*layers.{}.mlp"),
+        (
+            {"mlp": "layers.{}.nothing"},
+            r"--mlp 'layers.{}.nothing' matches no module; candidates: .*layers.{}.mlp",
+        ),
         ({"layers": "0-9"}, r"--layers: expected some of the 3 layers 0 to 2, found '0-9'"),
     ],
 )
@@ -155,8 +188,10 @@ def test_config_is_checked_at_once(options: dict[str, Any], message: str) -> Non
         HarvestConfig(model="m", dataset="d", cache=Path("c"), **options)
 
 
-def test_full_disk_keeps_what_is_committed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ENOSPC in the middle of a window: the error passes on, the committed windows open, a rerun completes."""
+def test_full_disk_keeps_what_is_committed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOSPC in the middle of a window: the error passes on, what is committed opens, a rerun completes."""
     tiny.write_dataset(tmp_path / "data")
     config = configure(model, tmp_path / "data" / "train.jsonl", tmp_path / "c", batch_tokens=70)
     write, calls = clt.cache_format.writer.write_file, []

@@ -30,7 +30,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def configure(folder: Path, cache: Path, **options: Any) -> HarvestConfig:
-    defaults: dict[str, Any] = {"dataset": str(folder / "data" / "train.jsonl"), "window": 64, "val_fraction": 0.3}
+    defaults: dict[str, Any] = {
+        "dataset": str(folder / "data" / "train.jsonl"),
+        "window": 64,
+        "val_fraction": 0.3,
+    }
     return HarvestConfig(model=str(folder / "model"), cache=cache, **{**defaults, **options})
 
 
@@ -44,7 +48,9 @@ def stored(cache: Path, split: str, site: str) -> dict[tuple[str, int], np.ndarr
     return dict(zip(keys, values, strict=True))
 
 
-def plain_forward(folder: Path, row: dict[str, Any], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, Any]:
+def plain_forward(
+    folder: Path, row: dict[str, Any], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
     """(layer, token, d_model) in and out of every MLP for one sample alone, by hooks on the whole model."""
     model = AutoModelForImageTextToText.from_pretrained(folder / "model", dtype=dtype)
     processor = AutoProcessor.from_pretrained(folder / "model")
@@ -76,8 +82,10 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_sample_at_a_time_is_a_plain_forward_bit_for_bit(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """With one sample a batch, bf16 storage gives back the hooks' values bit for bit, image and text alike."""
+def test_one_sample_at_a_time_is_a_plain_forward_bit_for_bit(
+    folder: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """With one sample a batch, bf16 storage gives back the hooks' values bit for bit."""
     name = str(dtype).removeprefix("torch.")
     harvest(configure(folder, tmp_path / "c", precision="bf16", batch_tokens=1, dtype=name))
     found = {site: stored(tmp_path / "c", "train", site) for site in ("mlp_in", "mlp_out")}
@@ -176,7 +184,10 @@ def test_keep_image_tokens_draws_a_fraction_of_each_picture(folder: Path, tmp_pa
     tokens = open_cache(tmp_path / "c")["train"].tokens()
     _, counts = np.unique(tokens["sample"][tokens["kind"] == 1], return_counts=True)
     assert counts.tolist() == [3] * 6
-    places = {tuple(sorted(tokens["position"][(tokens["sample"] == s) & (tokens["kind"] == 1)])) for s in np.unique(tokens["sample"][tokens["kind"] == 1])}
+    places = {
+        tuple(sorted(tokens["position"][(tokens["sample"] == s) & (tokens["kind"] == 1)]))
+        for s in np.unique(tokens["sample"][tokens["kind"] == 1])
+    }
     assert len(places) > 1
 
 
@@ -218,18 +229,22 @@ def slow(self, *args):
 run.MlpTaps.run = slow
 root = Path(sys.argv[1])
 with stop_on_signals():
-    run.harvest(HarvestConfig(model=str(root / "model"), dataset=str(root / "data/train.jsonl"), cache=Path(sys.argv[2]),
-                window=64, val_fraction=0.3, batch_tokens=70))
+    run.harvest(HarvestConfig(model=str(root / "model"), dataset=str(root / "data/train.jsonl"),
+                cache=Path(sys.argv[2]), window=64, val_fraction=0.3, batch_tokens=70))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_killed_and_resumed_equals_uninterrupted(
+    folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     """Every file, byte for byte, after a kill between windows and a second run."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"batch_tokens": 70}
     harvest(configure(folder, whole, **options))
-    process = subprocess.Popen([sys.executable, "-c", SLOW_HARVEST, str(folder), str(cut)], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_HARVEST, str(folder), str(cut)], stderr=subprocess.DEVNULL
+    )
     journal = cut / "journal.jsonl"
     while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") >= 2):
         time.sleep(0.01)
@@ -239,13 +254,15 @@ def test_killed_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path, n
     assert len(open_cache(cut)["train"]) > 0
     harvest(configure(folder, cut, **options))
     files = {p.relative_to(whole): p.read_bytes() for p in whole.rglob("*") if p.is_file()}
-    again = {p.relative_to(cut): p.read_bytes() for p in cut.rglob("*") if p.is_file() and ".partial" not in p.name}
+    again = {
+        p.relative_to(cut): p.read_bytes() for p in cut.rglob("*") if p.is_file() and ".partial" not in p.name
+    }
     assert files == again
     assert verify_cache(str(cut), full=True) == []
 
 
 def test_plain_text_with_a_language_model(tmp_path: Path) -> None:
-    """BOS from the tokenizer, everything else text; a text longer than ctx-len is cut, and the cut recorded."""
+    """BOS from the tokenizer, the rest text; what is longer than ctx-len is cut, and the cut recorded."""
     model = tiny.save_llama(tmp_path / "llama")
     texts = ["a red circle", "a blue background is in the picture " * 30]
     data = tiny.write_rows(tmp_path / "data", [{"text": text} for text in texts])

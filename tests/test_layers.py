@@ -26,7 +26,9 @@ def test_help_imports_nothing_heavy() -> None:
     """`clt --help` and the help of each command import no numpy, torch, zarr or transformers."""
     block = "".join(f"sys.modules[{n!r}] = None; " for n in ("torch", "numpy", "zarr", "transformers"))
     for command in ([], ["harvest"], ["info"], ["verify"], ["train"], ["eval"]):
-        code = f"import sys; {block}sys.argv = ['clt', *{command!r}, '--help']; from clt.cli import main; main()"
+        code = (
+            f"import sys; {block}sys.argv = ['clt', *{command!r}, '--help']; from clt.cli import main; main()"
+        )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Usage: clt" in done.stdout

@@ -17,11 +17,19 @@ from clt.train.source import Selection, Source
 LAYERS, WIDTH = 2, 8
 
 
-def write_cache(path: Path, n_tokens: int, window: int = 128, per_sample: int = 10, seed: int = 0, val: int = 0) -> Path:
+def write_cache(
+    path: Path, n_tokens: int, window: int = 128, per_sample: int = 10, seed: int = 0, val: int = 0
+) -> Path:
     """A cache whose mlp_in holds each token's own number, so that a batch can be told apart."""
     manifest = Manifest(
-        d_model=WIDTH, layers=tuple(range(LAYERS)), precision="bf16", step_divisor=0, window=window, seed=seed,
-        world_size=1, source={"model": "fake"},
+        d_model=WIDTH,
+        layers=tuple(range(LAYERS)),
+        precision="bf16",
+        step_divisor=0,
+        window=window,
+        seed=seed,
+        world_size=1,
+        source={"model": "fake"},
     )
     with CacheWriter(path, manifest, threads=1) as writer:
         for split, total in (("train", n_tokens), ("val", val)):
@@ -35,9 +43,14 @@ def write_cache(path: Path, n_tokens: int, window: int = 128, per_sample: int = 
                     "row": np.full(len(number), -1),
                     "col": np.full(len(number), -1),
                 }
-                digits = np.stack([number % 100, number // 100, number * 0 + 1, *[number * 0] * (WIDTH - 3)], axis=1)
+                digits = np.stack(
+                    [number % 100, number // 100, number * 0 + 1, *[number * 0] * (WIDTH - 3)], axis=1
+                )
                 values = np.repeat(digits[:, None].astype(np.float32), LAYERS, axis=1)
-                line = {"sample": first // per_sample + (10**6 if split == "val" else 0), "id": f"{split}{first}"}
+                line = {
+                    "sample": first // per_sample + (10**6 if split == "val" else 0),
+                    "id": f"{split}{first}",
+                }
                 writer.add(split, first, line, columns, {"mlp_in": values, "mlp_out": values + 1})
         writer.finish()
     return path
@@ -80,7 +93,13 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Pat
     chosen=st.sampled_from([Selection(), Selection(exclude=("image",))]),
 )
 def test_every_chosen_token_once_an_epoch(
-    caches: Callable[[int, int], Path], n_tokens: int, window: int, buffer: int, batch: int, threads: int, chosen: Selection
+    caches: Callable[[int, int], Path],
+    n_tokens: int,
+    window: int,
+    buffer: int,
+    batch: int,
+    threads: int,
+    chosen: Selection,
 ) -> None:
     """Three epochs cut into batches of any size deliver each chosen token three times, each once an epoch."""
     expected = [n for n in range(n_tokens) if not ("image" in chosen.exclude and n % 3 == 0)]

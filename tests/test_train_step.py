@@ -13,6 +13,7 @@ from clt.train.source import Rows
 from clt.train.step import train_step
 from clt.train.transcoder import CrossLayerTranscoder, Shape
 
+
 def naive_loss(model: CrossLayerTranscoder, batch: Batch, variance: str) -> Tensor:
     """Sum over targets of FVU, dense, in one graph: the definition, written out."""
     device, dtype, shape = torch.device("cpu"), torch.float64, model.shape
@@ -32,7 +33,9 @@ def naive_loss(model: CrossLayerTranscoder, batch: Batch, variance: str) -> Tens
     return loss
 
 
-def gradients(model: CrossLayerTranscoder, batches: list[Batch], variance: str = "cache") -> tuple[dict, Tensor]:
+def gradients(
+    model: CrossLayerTranscoder, batches: list[Batch], variance: str = "cache"
+) -> tuple[dict, Tensor]:
     found = {}
 
     def keep(side: str, layer: int, grads: dict[str, Tensor]) -> None:

@@ -101,7 +101,11 @@ def make_tokenizer(more: list[str]) -> PreTrainedTokenizerFast:
 
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", additional_special_tokens=special[2:]
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        additional_special_tokens=special[2:],
     )
 
 

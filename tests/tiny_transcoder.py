@@ -22,7 +22,7 @@ def make_model(shape: Shape = SHAPE, seed: int = 0) -> CrossLayerTranscoder:
         )
         for _ in SITES
     ]
-    model = CrossLayerTranscoder(shape, *sites)
+    model = CrossLayerTranscoder(shape, sites[0], sites[1])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))

@@ -78,9 +78,7 @@ def load_transcoder(path: str | Path) -> CrossLayerTranscoder:
     return model
 
 
-def restore_training(
-    folder: Path, model: CrossLayerTranscoder, optimizer: LayerwiseAdam
-) -> TrainerState:
+def restore_training(folder: Path, model: CrossLayerTranscoder, optimizer: LayerwiseAdam) -> TrainerState:
     """Put weights and moments back; where the run stood."""
     with torch.no_grad():
         for place, layer in enumerate(model.shape.layers):

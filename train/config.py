@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+LOSS_FNS = ("fvu",)
 FVU_VARIANCES = ("cache", "batch")
 SCHEDULES = ("linear", "constant", "cosine")
 IO = ("mmap", "pread")
@@ -33,7 +34,9 @@ class TranscoderConfig:
     def __post_init__(self) -> None:
         for name in ("k", "expansion_factor", "n_targets"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}"
+                )
         if self.latents is not None and self.latents < self.k:
             raise ValueError(f"--latents: expected at least k = {self.k}, found {self.latents}")
 
@@ -47,6 +50,8 @@ class TrainConfig:
     transcoder: TranscoderConfig
     layers: str | None = None
     """`0-31`, `0,4,8`, `0-31:4`; None: all in the cache."""
+    loss_fn: str = "fvu"
+    """Summed over targets: squared error over variance."""
     fvu_variance: str = "cache"
     """Variance that the loss is divided by: the cache's own, or the step's (as older trainers do)."""
     batch_tokens: int = 4096
@@ -89,6 +94,7 @@ class TrainConfig:
     """Optimiser steps between lines of metrics.jsonl."""
 
     def __post_init__(self) -> None:
+        _one_of("loss-fn", self.loss_fn, LOSS_FNS)
         _one_of("fvu-variance", self.fvu_variance, FVU_VARIANCES)
         _one_of("lr-schedule", self.lr_schedule, SCHEDULES)
         _one_of("io", self.io, IO)
@@ -99,7 +105,9 @@ class TrainConfig:
             _one_of("exclude", kind, EXCLUDABLE)
         for name in ("batch_tokens", "grad_acc_steps", "save_every", "keep", "log_every", "buffer_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}")
+                raise ValueError(
+                    f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}"
+                )
         if self.epochs <= 0:
             raise ValueError(f"--epochs: expected more than 0, found {self.epochs}")
 
@@ -117,7 +125,9 @@ def config_from_json(data: dict[str, Any]) -> TrainConfig:
     lists = {name: tuple(data[name]) for name in ("kinds", "exclude")}
     caches = tuple(Path(c) for c in data["caches"])
     transcoder = TranscoderConfig(**data["transcoder"])
-    return TrainConfig(**{**data, **lists, "caches": caches, "run": Path(data["run"]), "transcoder": transcoder})
+    return TrainConfig(
+        **{**data, **lists, "caches": caches, "run": Path(data["run"]), "transcoder": transcoder}
+    )
 
 
 def default_lr(latents: int) -> float:

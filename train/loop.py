@@ -77,19 +77,19 @@ class _Run:
 
 def train(config: TrainConfig, resume: bool = False) -> TrainReport:
     """Fit a transcoder; with `resume`, go on from the run's latest checkpoint."""
-    resume = _begin_run(config, resume)
     source = open_source(config, "train")
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype)
     model = new_transcoder(config.transcoder, source, dtype, config.seed).to(device)
+    resume = _begin_run(config, resume)
     run = _Run(config, source, model)
     if resume:
         run.restore(checkpoint_folder(config.run))
     _say(_summary(run))
     if (share := source.sink_share()) > SINK_WARNING:
         _say(
-            f"warning: sinks (massive activations) hold {share:.0%} of the variance of a layer; FVU will hardly "
-            "see the other tokens there. --exclude bos,sink leaves them out"
+            f"warning: sinks (massive activations) hold {share:.0%} of the variance of a layer; FVU will "
+            "hardly see the other tokens there. --exclude bos,sink leaves them out"
         )
     metrics = MetricsFile(config.run / "metrics.jsonl", run.step)
     with run.reader, Progress("train", total=run.plan.tokens, unit="tok", done=run.tokens) as progress:

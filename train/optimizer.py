@@ -56,7 +56,9 @@ class LayerwiseAdam:
             adam = self._adams[side, layer]
             state: dict[int, dict[str, Any]] = {
                 place: {
-                    key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
+                    key.removeprefix(f"{name}."): value
+                    for key, value in tensors.items()
+                    if key.startswith(f"{name}.")
                 }
                 for place, name in enumerate(names)
             }

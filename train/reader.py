@@ -4,7 +4,8 @@
     batch = reader.next(4096)          # the next 4096 tokens of the endless stream of epochs
 
 Two buffers alternate: one is served while the other is decoded. The state is (epoch, buffer, offset).
-Memory: two buffers and one batch of stored numbers, and six bytes a token of the cache for kind, sink, sample.
+Memory: two buffers and one batch of stored numbers, and six bytes a token of the cache
+for kind, sink and sample.
 """
 
 import time
@@ -56,9 +57,7 @@ class _Buffer:
 class Reader:
     """An endless stream of the source's tokens, epoch after epoch."""
 
-    def __init__(
-        self, source: Source, *, buffer_tokens: int, seed: int, threads: int | None = None
-    ) -> None:
+    def __init__(self, source: Source, *, buffer_tokens: int, seed: int, threads: int | None = None) -> None:
         self.source = source
         self.order = ReadOrder(source.n_chunks, buffer_tokens, seed)
         self.epoch = self.buffer = self.offset = 0
@@ -104,7 +103,9 @@ class Reader:
         """Go on exactly where `state` was taken; the current buffer is decoded again."""
         for name, mine in self._identity().items():
             if state.get(name) != mine:
-                raise ValueError(f"the checkpoint was reading another {name}: {state.get(name)!r}, now {mine!r}")
+                raise ValueError(
+                    f"the checkpoint was reading another {name}: {state.get(name)!r}, now {mine!r}"
+                )
         if self._ahead is not None:
             self._ahead.result()
         self._ahead = self._current = None

@@ -14,7 +14,6 @@ from ..cache_format.layout import CHUNK, KINDS, SITES
 from ..cache_format.statistics import SiteSums, Statistics, group_mask, summarise
 from .order import Ints
 
-
 SAME = 1e-6
 """Tokens whose variance is below this share of the whole's are one vector and its rounding."""
 
@@ -49,7 +48,11 @@ class Rows(NamedTuple):
 
         def gather(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
             out = np.empty((array.shape[0], len(places), array.shape[2]), array.dtype)
-            list(pool.map(lambda layer: np.take(array[layer], places, axis=0, out=out[layer]), range(len(array))))
+            list(
+                pool.map(
+                    lambda layer: np.take(array[layer], places, axis=0, out=out[layer]), range(len(array))
+                )
+            )
             return out
 
         return Rows(
@@ -118,10 +121,10 @@ class Source:
         exists = np.empty((len(chunks), CHUNK), bool)
         first_token = np.concatenate([[0], np.cumsum([len(s) for s in self._splits])])
         owner, local = self._owners(chunks)
-        for number, split in enumerate(self._splits):
-            mine = owner == number
+        for nth, split in enumerate(self._splits):
+            mine = owner == nth
             places = split.chunk_places(local[mine])
-            token[mine] = first_token[number] + places.start[:, None] + np.arange(CHUNK)
+            token[mine] = first_token[nth] + places.start[:, None] + np.arange(CHUNK)
             exists[mine] = np.arange(CHUNK) < places.tokens[:, None]
         place = np.flatnonzero(exists.ravel())
         number = token.ravel()[place]
@@ -172,7 +175,10 @@ class Source:
         assert total is not None
         whole = summarise(total, count, groups)
         pick = self._layer_indexes
-        return Statistics(whole.tokens, *(getattr(whole, f)[pick] for f in ("mean", "variance", "rms", "absmax", "noise_fvu")))
+        return Statistics(
+            whole.tokens,
+            *(getattr(whole, f)[pick] for f in ("mean", "variance", "rms", "absmax", "noise_fvu")),
+        )
 
     def sink_share(self) -> float:
         """Largest share, over layers, that sinks have in the variance of mlp_out."""

@@ -90,4 +90,5 @@ class Codes:
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
-    return torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+    matrix: Tensor = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
+    return matrix

@@ -49,7 +49,9 @@ class _MicroBatch:
 
     def targets(self, layer: int) -> Tensor:
         mean = self.model.outputs.mean
-        return self.model.outputs.apply_to(self.batch.values("mlp_out", layer, mean.device, mean.dtype), layer)
+        return self.model.outputs.apply_to(
+            self.batch.values("mlp_out", layer, mean.device, mean.dtype), layer
+        )
 
     def _encode(self, source: int) -> Codes:
         return Codes(self.model.encode_layer(self.inputs(source), source), self.model.shape.n_latents)

@@ -89,10 +89,9 @@ class CrossLayerTranscoder(nn.Module):
         self.shape, self.inputs, self.outputs = shape, inputs, outputs
         random = torch.Generator().manual_seed(seed)
         bound = shape.d_model**-0.5
-        like = {"dtype": inputs.mean.dtype}
 
         def parameters(*sizes: tuple[int, ...]) -> nn.ParameterList:
-            return nn.ParameterList(nn.Parameter(torch.zeros(size, **like)) for size in sizes)
+            return nn.ParameterList(nn.Parameter(torch.zeros(s, dtype=inputs.mean.dtype)) for s in sizes)
 
         layers, latents, width = range(shape.n_layers), shape.n_latents, shape.d_model
         self.W_enc = parameters(*[(latents, width) for _ in layers])
@@ -109,7 +108,7 @@ class CrossLayerTranscoder(nn.Module):
 
     def decode_layer(self, codes: dict[int, Codes], target: int) -> Tensor:
         """Standardised output (token, d_model) of one target from the codes of its sources."""
-        out = self.b_dec[target].expand(len(codes[target].values), -1)
+        out: Tensor = self.b_dec[target].expand(len(codes[target].values), -1)
         for place, source in enumerate(self.shape.sources(target)):
             out = out + codes[source].decode(self.W_dec[target][place])
         return out
@@ -146,18 +145,19 @@ def new_transcoder(
 ) -> CrossLayerTranscoder:
     """A fresh transcoder for the source's layers, standardised by the source's statistics."""
     shape = Shape.of(config, source.layers, source.manifest.d_model)
-    return CrossLayerTranscoder(
-        shape, *(_standardiser(source.statistics(site), dtype, site) for site in SITES), seed=seed
-    )
+    inputs, outputs = (_standardiser(source.statistics(site), dtype, site) for site in SITES)
+    return CrossLayerTranscoder(shape, inputs, outputs, seed)
 
 
 def empty_transcoder(shape: Shape, dtype: torch.dtype) -> CrossLayerTranscoder:
     """A transcoder whose numbers are still to be loaded."""
-    blank = [
-        Standardiser(torch.zeros(shape.n_layers, shape.d_model, dtype=dtype), torch.ones(shape.n_layers, dtype=dtype))
+    inputs, outputs = (
+        Standardiser(
+            torch.zeros(shape.n_layers, shape.d_model, dtype=dtype), torch.ones(shape.n_layers, dtype=dtype)
+        )
         for _ in SITES
-    ]
-    return CrossLayerTranscoder(shape, *blank)
+    )
+    return CrossLayerTranscoder(shape, inputs, outputs)
 
 
 def _standardiser(statistics: Statistics, dtype: torch.dtype, site: str) -> Standardiser:

@@ -1,0 +1,52 @@
+"""A cache of planted structure: sparse features of earlier layers write to later MLP outputs."""
+
+from pathlib import Path
+
+import numpy as np
+
+from clt.cache_format import CacheWriter, Manifest
+
+LAYERS, WIDTH, FEATURES = 3, 24, 30
+
+
+def write_planted(path: Path, n_tokens: int, seed: int = 0, val: int = 0) -> Path:
+    """x_s = sparse code times a dictionary; y_t = all sources up to t times planted decoders, plus a mean."""
+    world = np.random.default_rng(99)
+    dictionary = world.standard_normal((LAYERS, FEATURES, WIDTH)) / WIDTH**0.5
+    decoders = world.standard_normal((LAYERS, LAYERS, FEATURES, WIDTH)) / WIDTH**0.5
+    mean = world.standard_normal((LAYERS, WIDTH))
+    rng = np.random.default_rng(seed)
+    manifest = Manifest(
+        d_model=WIDTH,
+        layers=(0, 1, 2),
+        precision="int8",
+        step_divisor=16,
+        window=512,
+        seed=seed,
+        world_size=1,
+        source={"model": "planted"},
+    )
+    with CacheWriter(path, manifest, threads=1) as writer:
+        for split, total in (("train", n_tokens), ("val", val)):
+            for first in range(0, total, 50):
+                n = min(50, total - first)
+                codes = rng.exponential(size=(n, LAYERS, FEATURES)) * (
+                    rng.random((n, LAYERS, FEATURES)) < 0.1
+                )
+                x = np.einsum("tlf,lfd->tld", codes, dictionary) + mean
+                y = np.stack(
+                    [sum(codes[:, s] @ decoders[s, t] for s in range(t + 1)) for t in range(LAYERS)], axis=1
+                )
+                sample = first // 50 + (10**6 if split == "val" else 0)
+                columns = {
+                    "sample": np.full(n, sample),
+                    "position": np.arange(n),
+                    "token_id": np.zeros(n, int),
+                    "kind": (np.arange(n) % 2).astype(np.uint8),
+                    "row": np.full(n, -1),
+                    "col": np.full(n, -1),
+                }
+                values = {"mlp_in": x.astype(np.float32), "mlp_out": (y - 2 * mean).astype(np.float32)}
+                writer.add(split, first, {"sample": sample, "id": str(sample)}, columns, values)
+        writer.finish()
+    return path
