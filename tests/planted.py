@@ -9,7 +9,7 @@ from clt.cache_format import CacheWriter, Manifest
 LAYERS, WIDTH, FEATURES = 3, 24, 30
 
 
-def write_planted(path: Path, n_tokens: int, seed: int = 0, val: int = 0) -> Path:
+def write_planted(path: Path, n_tokens: int, seed: int = 0, val: int = 0, precision: str = "int8") -> Path:
     """x_s = sparse code times a dictionary; y_t = all sources up to t times planted decoders, plus a mean."""
     world = np.random.default_rng(99)
     dictionary = world.standard_normal((LAYERS, FEATURES, WIDTH)) / WIDTH**0.5
@@ -19,8 +19,8 @@ def write_planted(path: Path, n_tokens: int, seed: int = 0, val: int = 0) -> Pat
     manifest = Manifest(
         d_model=WIDTH,
         layers=(0, 1, 2),
-        precision="int8",
-        step_divisor=16,
+        precision=precision,
+        step_divisor=16.0 if precision == "int8" else 0.0,
         window=512,
         seed=seed,
         world_size=1,

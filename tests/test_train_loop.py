@@ -297,7 +297,7 @@ def test_evaluation_equals_the_definition(cache: Path, tmp_path: Path) -> None:
         kept = []
         with torch.no_grad():
             for t in range(LAYERS):
-                total = model.b_dec[t]
+                total = model.b_dec[t].expand(len(y), -1)
                 for place, s in enumerate(model.shape.sources(t)):
                     if t - s != offset:
                         total = total + codes[:, s] @ model.W_dec[t][place]
