@@ -1,4 +1,4 @@
-"""What goes wrong with a cache, in two kinds: the caller's mistake, and bytes that are not what was written."""
+"""What goes wrong with a cache: the caller's mistake, or bytes that are not what was written."""
 
 
 class CacheError(ValueError):

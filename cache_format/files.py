@@ -9,9 +9,12 @@ from google_crc32c import value as crc32c
 from .errors import DamagedCacheError
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step; after a crash the path holds the old file, the new one, or none."""
-    partial = path.with_name(f".{path.name}.partial")
+def write_file(path: Path, data: bytes, writer: int = 0) -> None:
+    """Put `data` at `path` in one step; after a crash the path holds the old file, the new one, or none.
+
+    Processes that may write one path at the same time need different `writer` numbers.
+    """
+    partial = partial_path(path, writer)
     try:
         with open(partial, "wb") as file:
             file.write(data)
@@ -21,6 +24,11 @@ def write_file(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def partial_path(path: Path, writer: int = 0) -> Path:
+    """Where `write_file` prepares a file; one that is found there was left by a crash."""
+    return path.with_name(f".{path.name}.{writer}.partial")
 
 
 def sync_folders(folders: Iterable[Path]) -> None:

@@ -7,16 +7,19 @@ flipped bit is found; a last line without its newline is the trace of a crash, a
 
 import json
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .errors import DamagedCacheError
 from .files import checksum
-from .layout import JOURNAL, REJECTED, SAMPLES, SPLITS, log_name
-from .manifest import MAX_DIMENSION, parse_int, parse_str
+from .layout import JOURNAL, REJECTED, SAMPLES, SPLITS, log_name, window_files
+from .manifest import MAX_DIMENSION, Manifest, parse_int, parse_str
+from .strict_json import parse_json
 
 _CHECK = ',"crc32c":"'
+_FILE_NAME = re.compile(r"(train|val|stats)(/[a-z_]+){1,3}/c(\.\d+)+", re.ASCII)
 MAX_FILE = 1 << 50
 
 
@@ -115,12 +118,43 @@ def read_journal(folder: Path, rank: int) -> Journal:
     return journal
 
 
+def check_windows(journal: Journal, rank: int, manifest: Manifest) -> None:
+    """The windows are numbered as this writer numbers them, are full but for each split's last, and have all
+    their files; so nothing that is read later is larger than the files that were seen."""
+    for split in SPLITS:
+        entries = [entry for entry in journal.windows if entry.split == split]
+        for nth, entry in enumerate(entries):
+            where = f"{journal.path}, window {entry.window} of {split}"
+            number = nth * manifest.world_size + rank
+            if entry.window != number:
+                raise DamagedCacheError(
+                    f"{where}: expected window {number} there; restore the file from a copy"
+                )
+            last = nth == len(entries) - 1
+            if entry.tokens > manifest.window or (entry.tokens < manifest.window and not last):
+                raise DamagedCacheError(
+                    f"{where}: expected {manifest.window} tokens, found {entry.tokens}; "
+                    "restore the file from a copy"
+                )
+            names = window_files(split, number, manifest.n_layers, manifest.precision == "int8")
+            if set(names) != entry.files.keys():
+                odd = sorted(set(names) ^ entry.files.keys())
+                raise DamagedCacheError(
+                    f"{where}: {len(odd)} files are missing from its list or do not belong there, "
+                    f"such as {odd[0]}; restore the file from a copy"
+                )
+
+
 def append(file_descriptor: int, line: bytes) -> None:
-    """Add one line and make it durable: this is the commit."""
-    written = os.write(file_descriptor, line)
-    if written != len(line):
-        os.write(file_descriptor, line[written:])
-    os.fsync(file_descriptor)
+    """Add one line and make it durable: this is the commit. After an error the line is not there."""
+    before = os.fstat(file_descriptor).st_size
+    try:
+        while line:
+            line = line[os.write(file_descriptor, line) :]
+        os.fsync(file_descriptor)
+    except OSError:
+        os.ftruncate(file_descriptor, before)
+        raise
 
 
 def _line(content: dict[str, Any]) -> bytes:
@@ -129,10 +163,10 @@ def _line(content: dict[str, Any]) -> bytes:
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
-    text, mark, check = line.decode(errors="replace").rpartition(_CHECK)
-    if not mark or check != f'{checksum(text.encode())}"}}':
+    text, mark, check = line.rpartition(_CHECK.encode())
+    if not mark or check != f'{checksum(text)}"}}'.encode():
         raise DamagedCacheError("the line's crc32c does not match")
-    content: dict[str, Any] = json.loads(text + "}")
+    content: dict[str, Any] = parse_json(text + b"}")
     return content
 
 
@@ -166,8 +200,7 @@ def _parse_window(content: dict[str, Any]) -> WindowEntry:
 
 
 def _parse_path(name: str) -> str:
-    parts = name.split("/")
-    if parts[0] not in (*SPLITS, "stats") or not all(part.strip(".") for part in parts) or "\\" in name:
+    if not _FILE_NAME.fullmatch(name):
         raise DamagedCacheError(f"files: {name!r} is no file of a cache")
     return name
 

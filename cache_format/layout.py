@@ -4,7 +4,7 @@ A *window* of tokens is written together; a *shard* is one window of one layer, 
 CHUNK tokens of one layer, the unit of decoding.
 """
 
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -23,7 +23,7 @@ KINDS: Final = ("text", "image", "bos", "template")
 N_GROUPS: Final = 2 * len(KINDS)
 """Statistics are kept apart by kind, and for each kind by sink or not: group = kind + 4 * sink."""
 
-TOKEN_COLUMNS: Final = {
+TOKEN_COLUMNS: Final[dict[str, np.dtype[Any]]] = {
     "sample": np.dtype("<i4"),
     "position": np.dtype("<i4"),
     "token_id": np.dtype("<i4"),
@@ -72,6 +72,21 @@ def shard_file(array: str, window: int, layer_index: int) -> str:
 def window_file(array: str, window: int, ndim: int) -> str:
     """Zarr's key of an array that has one chunk a window: token columns (1-d) and statistics."""
     return f"{array}/c." + ".".join([str(window), *["0"] * (ndim - 1)])
+
+
+def window_files(split: str, window: int, n_layers: int, int8: bool) -> list[str]:
+    """Every file that one window consists of, relative to the cache."""
+    arrays = [values_array(split, site) for site in SITES]
+    if int8:
+        arrays += [scale_array(split, site) for site in SITES]
+    names = [shard_file(array, window, layer) for array in arrays for layer in range(n_layers)]
+    names += [window_file(token_array(split, column), window, 1) for column in TOKEN_COLUMNS]
+    names.append(window_file(count_array(split), window, 2))
+    for site in SITES:
+        for statistic in STATISTICS:
+            ndim = 4 if statistic == "sum" else 3
+            names.append(window_file(statistic_array(split, site, statistic), window, ndim))
+    return names
 
 
 def n_chunks(tokens: int) -> int:

@@ -5,6 +5,7 @@ cache was begun. It holds no token counts: those follow from the journal.
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -17,6 +18,10 @@ Scalar = str | int | float | bool | None
 PRECISIONS = ("int8", "bf16")
 MAX_DIMENSION = 1 << 20
 """Refuse wider models and larger windows than this: a stranger's manifest must not size our memory."""
+MAX_VALUES = 1 << 24
+"""Values of one token at one site; eight times those of a model of 126 layers and 16,384 channels."""
+MAX_WORLD_SIZE = 4096
+MAX_DIVISOR = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +45,21 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        for name, parse in _PARSERS.items():
+            parse(getattr(self, name), name)
         if self.precision not in PRECISIONS:
             raise CacheError(f"precision: expected one of {PRECISIONS}, found {self.precision!r}")
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
-            raise CacheError(f"layers: expected ascending layer numbers, found {list(self.layers)}")
+            raise CacheError(f"layers: expected ascending layer numbers, found {_short(list(self.layers))}")
+        if self.n_layers * self.d_model > MAX_VALUES:
+            raise CacheError(
+                f"d_model: expected at most {MAX_VALUES} values a token, "
+                f"found {self.n_layers} layers of {self.d_model}"
+            )
         if self.window < CHUNK or self.window % CHUNK:
             raise CacheError(f"window: expected a multiple of {CHUNK}, found {self.window}")
-        if self.precision == "int8" and not 1 <= self.step_divisor <= 64:
-            raise CacheError(f"step divisor: expected 1 to 64, found {self.step_divisor}")
+        if self.precision == "int8" and self.step_divisor < 1:
+            raise CacheError(f"step divisor: expected 1 to {MAX_DIVISOR}, found {self.step_divisor}")
 
     @property
     def n_layers(self) -> int:
@@ -101,17 +113,17 @@ def parse_manifest(data: object) -> Manifest:
     if not isinstance(data, dict):
         raise CacheError(f"manifest: expected an object, found {type(data).__name__}")
     version = data.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or not isinstance(version, int) or isinstance(version, bool):
         raise CacheError(
-            f"this clt reads cache format {FORMAT_VERSION}, the cache has {version!r}; "
+            f"this clt reads cache format {FORMAT_VERSION}, the cache has {_short(version)}; "
             "read it with the clt that wrote it, or harvest again"
         )
     for name, fixed in (("block", BLOCK), ("chunk", CHUNK)):
         if data.get(name) != fixed:
-            raise CacheError(f"{name}: format {FORMAT_VERSION} has {fixed}, found {data.get(name)!r}")
+            raise CacheError(f"{name}: format {FORMAT_VERSION} has {fixed}, found {_short(data.get(name))}")
     unknown = data.keys() - {f.name for f in fields(Manifest)} - {"block", "chunk"}
     if unknown:
-        raise CacheError(f"manifest: unknown fields {sorted(unknown)}")
+        raise CacheError(f"manifest: expected no other fields, found {_short(sorted(unknown))}")
     return Manifest(**{name: parse(data.get(name), name) for name, parse in _PARSERS.items()})
 
 
@@ -128,7 +140,7 @@ def parse_str(data: object, name: str) -> str:
 
 
 def _parse_layers(data: object, name: str) -> tuple[int, ...]:
-    if not isinstance(data, list) or len(data) > MAX_DIMENSION:
+    if not isinstance(data, list | tuple) or len(data) > MAX_DIMENSION:
         raise CacheError(f"{name}: expected a list of layer numbers, found {_short(data)}")
     return tuple(parse_int(item, name, 0, MAX_DIMENSION) for item in data)
 
@@ -137,14 +149,15 @@ def _parse_source(data: object, name: str) -> dict[str, Scalar]:
     if not isinstance(data, dict):
         raise CacheError(f"{name}: expected an object, found {_short(data)}")
     for key, value in data.items():
-        if not isinstance(value, str | int | float | bool | None):
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not isinstance(value, str | int | float | bool | None) or not finite:
             raise CacheError(f"{name}.{key}: expected a string or a number, found {_short(value)}")
     return data
 
 
 def _parse_divisor(data: object, name: str) -> float:
-    if isinstance(data, bool) or not isinstance(data, int | float):
-        raise CacheError(f"{name}: expected a number, found {_short(data)}")
+    if isinstance(data, bool) or not isinstance(data, int | float) or not 0 <= data <= MAX_DIVISOR:
+        raise CacheError(f"{name}: expected a number from 0 to {MAX_DIVISOR}, found {_short(data)}")
     return float(data)
 
 
@@ -160,6 +173,6 @@ _PARSERS: dict[str, Callable[[object, str], Any]] = {
     "step_divisor": _parse_divisor,
     "window": lambda data, name: parse_int(data, name, CHUNK, MAX_DIMENSION),
     "seed": lambda data, name: parse_int(data, name, 0, 2**63 - 1),
-    "world_size": lambda data, name: parse_int(data, name, 1, MAX_DIMENSION),
+    "world_size": lambda data, name: parse_int(data, name, 1, MAX_WORLD_SIZE),
     "source": _parse_source,
 }

@@ -4,7 +4,6 @@
 reads no activations. A split's tokens are counted 0..len-1 in the order on disk.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -15,15 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from . import layout
-from .codec import Floats, decode_chunk, dequantise, from_bf16_bits
+from .codec import Floats, dequantise, from_bf16_bits
 from .errors import CacheError, DamagedCacheError
-from .files import checksum, read_file
-from .journal import Journal, WindowEntry, read_journal
-from .manifest import Manifest, parse_manifest
-from .metadata import ROOT, Extent
+from .files import checksum
+from .journal import Journal, WindowEntry, check_windows, read_journal
+from .manifest import Manifest
+from .metadata import ROOT
 from .shard import Shard
 from .statistics import SiteSums, Statistics, group_mask, summarise
+from .stored import missing_files, read_array, read_log, read_site_sums
+from .stored import read_manifest as read_manifest
 
+IO = ("mmap", "pread")
 MAX_LISTED = 20
 OPEN_SHARDS = 4096
 """Shards kept open at a time; maps are limited by the system (65,530 on Linux)."""
@@ -82,12 +84,7 @@ class Cache:
     def _log(self, log: str) -> list[dict[str, Any]]:
         lines: list[dict[str, Any]] = []
         for rank, journal in enumerate(self.journals):
-            path = self.path / layout.log_name(log, rank)
-            size, check = getattr(journal.logs, log)
-            data = read_file(path)[:size]
-            if checksum(data) != check:
-                raise DamagedCacheError(f"{path} is not what the journal committed; copy it again")
-            lines += [json.loads(line) for line in data.splitlines()]
+            lines += read_log(self.path / layout.log_name(log, rank), getattr(journal.logs, log))[1]
         return lines
 
 
@@ -146,7 +143,8 @@ class Split:
         """
         if site not in layout.SITES:
             raise CacheError(f"expected one of the sites {layout.SITES}, found {site!r}")
-        chosen = [self.manifest.layer_index(layer) for layer in layers or self.manifest.layers]
+        wanted = self.manifest.layers if layers is None else layers
+        chosen = [self.manifest.layer_index(layer) for layer in wanted]
         start, stop, _ = slice(start, stop).indices(len(self))
         out = np.empty((max(0, stop - start), len(chosen), self.manifest.d_model), np.float32)
         if not len(out):
@@ -186,9 +184,7 @@ class Split:
     def n_sinks(self) -> int:
         return int(self.sums[1][len(layout.KINDS) :].sum())
 
-    def statistics(
-        self, site: str, kinds: list[str] | None = None, sinks: bool | None = None
-    ) -> Statistics:
+    def statistics(self, site: str, kinds: list[str] | None = None, sinks: bool | None = None) -> Statistics:
         """Moments of one site over the tokens of these kinds (None: all); see `group_mask`."""
         sums, count = self.sums
         return summarise(sums[site], count, group_mask(kinds, sinks))
@@ -222,20 +218,23 @@ class Split:
 
 
 def open_cache(path: str | Path, *, io: str = "mmap", check: bool = True) -> Cache:
-    """Open a cache for reading; io is "mmap" or "pread".
+    """Open a cache for reading; io is "mmap" or "pread". check=False leaves the files themselves unseen.
 
     Raises CacheError where `path` is no cache of this version, DamagedCacheError where files are missing or
     have another size than the journal says (all of them listed).
     """
+    if io not in IO:
+        raise CacheError(f"io: expected one of {IO}, found {io!r}")
     folder = Path(path)
     manifest = read_manifest(folder)
     journals = [read_journal(folder, rank) for rank in range(manifest.world_size)]
-    for journal in journals:
+    for rank, journal in enumerate(journals):
         if journal.manifest_crc32c not in (None, checksum(manifest.canonical().encode())):
             raise DamagedCacheError(f"{folder / ROOT}: the manifest is not the one that {journal.path} names")
+        check_windows(journal, rank, manifest)
     cache = Cache(folder, manifest, journals, io)
     if check:
-        faults = missing_files(cache)
+        faults = missing_files(folder, journals)
         if faults:
             more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
             raise DamagedCacheError(
@@ -243,70 +242,3 @@ def open_cache(path: str | Path, *, io: str = "mmap", check: bool = True) -> Cac
                 "Copy them again, or harvest again"
             )
     return cache
-
-
-def missing_files(cache: Cache) -> list[str]:
-    """One line for each committed file that is absent or has another size."""
-    faults = []
-    for journal in cache.journals:
-        for entry in journal.windows:
-            for name, file in entry.files.items():
-                try:
-                    size = (cache.path / name).stat().st_size
-                except FileNotFoundError:
-                    faults.append(f"{name} is missing")
-                else:
-                    if size != file.size:
-                        faults.append(f"{name} has {size} bytes, expected {file.size}")
-    return faults
-
-
-def read_manifest(folder: Path) -> Manifest:
-    path = folder / ROOT
-    if not path.exists():
-        raise CacheError(f"{folder} is no cache: expected a file {ROOT} in it, found none")
-    try:
-        document = json.loads(path.read_bytes())
-        attribute = document["attributes"]["clt"]
-    except (ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise CacheError(f"{path} does not describe a cache of clt ({fault!r})") from fault
-    return parse_manifest(attribute)
-
-
-def read_extents(folder: Path, manifest: Manifest) -> dict[str, Extent]:
-    """Length of each split's arrays, as the journals of all writers have it now."""
-    extents = dict.fromkeys(layout.SPLITS, (0, 0))
-    for rank in range(manifest.world_size):
-        for entry in read_journal(folder, rank).windows:
-            tokens, windows = extents[entry.split]
-            end = entry.window * manifest.window + entry.tokens
-            extents[entry.split] = (max(tokens, end), max(windows, entry.window + 1))
-    return extents
-
-
-def read_site_sums(
-    folder: Path, manifest: Manifest, split: str, window: int
-) -> tuple[dict[str, SiteSums], npt.NDArray[np.int64]]:
-    """Sums over all windows of one writer up to and including `window`, and tokens by group."""
-    per_layer = (layout.N_GROUPS, manifest.n_layers)
-    sums = {}
-    for site in layout.SITES:
-        arrays = []
-        for statistic in layout.STATISTICS:
-            shape = per_layer + (manifest.d_model,) * (statistic == "sum")
-            array = layout.statistic_array(split, site, statistic)
-            path = layout.window_file(array, window, 1 + len(shape))
-            arrays.append(read_array(folder, path, shape, np.dtype("<f8")))
-        sums[site] = SiteSums(*arrays)
-    path = layout.window_file(layout.count_array(split), window, 2)
-    return sums, read_array(folder, path, (layout.N_GROUPS,), np.dtype("<i8"))
-
-
-def read_array(folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The array in a file that is one chunk."""
-    out = np.empty(shape, dtype)
-    try:
-        decode_chunk(memoryview(read_file(folder / name)), out)
-    except DamagedCacheError as fault:
-        raise DamagedCacheError(f"{folder / name}: {fault}") from fault
-    return out

@@ -47,7 +47,9 @@ class Shard:
         closer = weakref.finalize(self, os.close, descriptor)
         size = os.fstat(descriptor).st_size
         if size < 16 * slots + 4:
-            raise DamagedCacheError(f"{path} is cut short: {size} bytes cannot hold an index of {slots} chunks")
+            raise DamagedCacheError(
+                f"{path} is cut short: {size} bytes cannot hold an index of {slots} chunks"
+            )
         self._descriptor = descriptor
         self._map: mmap.mmap | None = None
         if io == "mmap":

@@ -9,7 +9,7 @@ from .reader import Cache
 def summarise_cache(cache: Cache) -> dict[str, Any]:
     """The keys of `clt info --json`."""
     manifest = cache.manifest
-    splits = {
+    splits: dict[str, dict[str, Any]] = {
         name: {
             "tokens": len(cache[name]),
             "windows": len(cache[name].entries),
@@ -44,7 +44,8 @@ def render_summary(summary: dict[str, Any], path: str) -> str:
     layers = summary["layers"]
     lines = [
         f"{path}: {'complete' if summary['complete'] else 'not complete (run the harvest again to go on)'}",
-        f"  model      {summary['model']}, {len(layers)} layers ({layers[0]}-{layers[-1]}), d_model {summary['d_model']}",
+        f"  model      {summary['model']}, {len(layers)} layers ({layers[0]}-{layers[-1]}), "
+        f"d_model {summary['d_model']}",
         f"  dataset    {summary['source'].get('dataset')}, {summary['rejected']} samples rejected",
     ]
     for name, split in summary["splits"].items():
@@ -56,7 +57,8 @@ def render_summary(summary: dict[str, Any], path: str) -> str:
     if summary["bits_per_value"] is not None:
         lines.append(
             f"  precision  {summary['precision']}: {summary['bits_per_value']:.2f} bits a value, "
-            f"{summary['bytes_per_token'] / 1024:.1f} KiB a token, {summary['ratio_to_bf16']:.2f} times smaller than bf16"
+            f"{summary['bytes_per_token'] / 1024:.1f} KiB a token, "
+            f"{summary['ratio_to_bf16']:.2f} times smaller than bf16"
         )
         lines.append("  noise (FVU of the stored values)   layer: mlp_in, mlp_out")
         noise = summary["noise_fvu"]

@@ -8,8 +8,9 @@ from . import layout
 from .errors import CacheError
 from .files import checksum, read_file
 from .metadata import documents
-from .reader import Cache, missing_files, open_cache, read_extents
+from .reader import Cache, open_cache
 from .shard import Shard
+from .stored import missing_files, read_extents
 
 Progress = Callable[[int], None]
 
@@ -42,9 +43,9 @@ def _verify_logs(cache: Cache) -> Iterator[str]:
             )
         elif journal.manifest_crc32c is None:
             yield f"{journal.path} is missing or empty: this writer has not begun"
-    for log in (cache.samples, cache.rejected):
+    for read in (cache.samples, cache.rejected):
         try:
-            log()
+            read()
         except CacheError as fault:
             yield str(fault)
     for rank, journal in enumerate(cache.journals):
@@ -57,13 +58,16 @@ def _verify_logs(cache: Cache) -> Iterator[str]:
 def _verify_documents(cache: Cache) -> Iterator[str]:
     extents = read_extents(cache.path, cache.manifest)
     for name, expected in documents(cache.manifest, extents).items():
-        if read_file(cache.path / name) != expected:
-            yield f"{cache.path / name} is not the document that manifest and journal imply"
+        try:
+            if read_file(cache.path / name) != expected:
+                yield f"{cache.path / name} is not the document that manifest and journal imply"
+        except CacheError as fault:
+            yield str(fault)
 
 
 def _verify_files(cache: Cache, full: bool, progress: Progress) -> Iterator[str]:
     if not full:
-        yield from missing_files(cache)
+        yield from missing_files(cache.path, cache.journals)
         yield from _verify_indexes(cache, progress)
         return
     for journal in cache.journals:

@@ -46,15 +46,16 @@ class Window:
         self.manifest = manifest
         self.tokens = 0
         per_layer = (manifest.n_layers, manifest.window)
-        dtype = np.int8 if manifest.precision == "int8" else np.uint16
         self.columns: Columns = {
-            name: np.zeros(manifest.window, dtype) for name, dtype in layout.TOKEN_COLUMNS.items()
+            name: np.zeros(manifest.window, column) for name, column in layout.TOKEN_COLUMNS.items()
         }
         self._codes: dict[str, Codes] = {}
         self._scales: dict[str, npt.NDArray[np.float16]] = {}
         self._noise: dict[str, Floats] = {}
         for site in layout.SITES:
-            self._codes[site] = np.empty((*per_layer, manifest.d_model), dtype)
+            shape = (*per_layer, manifest.d_model)
+            int8 = manifest.precision == "int8"
+            self._codes[site] = np.empty(shape, np.int8) if int8 else np.empty(shape, np.uint16)
             self._scales[site] = np.empty((*per_layer, manifest.n_blocks), np.float16)
             self._noise[site] = np.zeros(per_layer, np.float32)
         self._norms = np.zeros(per_layer, np.float32)
@@ -69,7 +70,7 @@ class Window:
         for name, column in columns.items():
             self.columns[name][rows] = column
         places = [(site, index) for site in layout.SITES for index in range(self.manifest.n_layers)]
-        for _ in pool.map(lambda place: self._store(*place, rows, values[place[0]]), places):
+        for _ in pool.map(lambda at: self._store(at[0], at[1], rows, values[at[0]]), places):
             pass  # wait for all, and raise what any of them raised
         self.tokens = rows.stop
 
@@ -96,7 +97,7 @@ class Window:
         high = norms > SINK_RATIO * np.median(norms, axis=1, keepdims=True)
         self.columns["sink"][: self.tokens] = high.any(axis=0)
         group = self.columns["kind"][: self.tokens] + len(layout.KINDS) * self.columns["sink"][: self.tokens]
-        return group.astype(np.int64)
+        return np.asarray(group, np.int64)
 
     def token_files(self, split: str, window: int) -> Iterator[EncodedFile]:
         order = self._order(window)

@@ -7,14 +7,11 @@
 
 A full window is encoded and written by threads while the next one fills; its journal line, written after
 all its files are durable, is the commit. A killed process therefore loses at most the windows that were
-being filled. Adding again from the cursor writes, byte for byte, what would have been written without the kill.
+being filled. Adding again from the cursor writes, byte for byte, what would have been written without it.
 
 Memory: three windows (one of each split filling, one being written) and a shard for each thread.
 """
 
-import contextlib
-import fcntl
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,27 +22,28 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from google_crc32c import extend
 
 from . import layout
 from .codec import encode_chunk
 from .errors import CacheError
 from .files import checksum, sync_folders, write_file
+from .folder import claim_folder, lock, refresh_documents, write_root
 from .journal import (
     FileEntry,
     Journal,
     LogSizes,
     WindowEntry,
     append,
+    check_windows,
     final_line,
     header_line,
     read_journal,
     window_line,
 )
 from .manifest import Manifest
-from .metadata import ROOT, documents
-from .reader import read_extents, read_manifest, read_site_sums
+from .sample_log import SampleLog
 from .statistics import SiteSums
+from .stored import read_site_sums
 from .window import Columns, Window
 
 Values = dict[str, npt.NDArray[Any]]
@@ -55,6 +53,8 @@ Values = dict[str, npt.NDArray[Any]]
 class _Stream:
     """Where one split stands: what is committed, and the window that fills."""
 
+    sealed: int = 0
+    """Tokens handed to the encoder or committed."""
     committed: int = 0
     """Tokens in the journal."""
     windows: int = 0
@@ -71,38 +71,7 @@ class _Stream:
 
     @property
     def added(self) -> int:
-        return self.committed + (self.filling.tokens if self.filling else 0)
-
-
-@dataclass
-class _Log:
-    """A .jsonl beside the journal; lines wait here until a window commits them."""
-
-    path: Path
-    size: int
-    """Committed bytes."""
-    crc: int
-    """crc32c of the committed bytes, carried on as lines are added."""
-    known: set[int]
-    """Samples that have a line already."""
-    waiting: bytearray = field(default_factory=bytearray)
-
-    def add(self, sample: int, line: dict[str, Any]) -> None:
-        if sample not in self.known:
-            self.known.add(sample)
-            self.waiting += json.dumps(line, ensure_ascii=False).encode() + b"\n"
-
-    def commit(self, lines: bytes) -> FileEntry:
-        """Write lines behind what is committed, over whatever a crash left there."""
-        with open(self.path, "r+b") as file:
-            file.truncate(self.size)
-            file.seek(self.size)
-            file.write(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        self.size += len(lines)
-        self.crc = extend(self.crc, lines)
-        return FileEntry(self.size, f"{self.crc:08x}")
+        return self.sealed + (self.filling.tokens if self.filling else 0)
 
 
 class CacheWriter:
@@ -121,14 +90,23 @@ class CacheWriter:
         self.bytes_written = 0
         """Bytes of the files that this process committed."""
         self._committed_here = 0
-        _begin(folder, manifest)
-        self._journal_fd = _lock(folder / layout.log_name(layout.JOURNAL, rank))
-        journal = read_journal(folder, rank)
-        self.complete = journal.complete
-        self._streams = {split: _Stream() for split in layout.SPLITS}
-        self._samples = _open_log(folder / layout.log_name(layout.SAMPLES, rank), journal.logs.samples)
-        self._rejected = _open_log(folder / layout.log_name(layout.REJECTED, rank), journal.logs.rejected)
-        self._restore(journal)
+        self._failed = False
+        claim_folder(folder, manifest)
+        self._journal_fd = lock(folder / layout.log_name(layout.JOURNAL, rank))
+        try:
+            write_root(folder, manifest, rank)
+            journal = read_journal(folder, rank)
+            check_windows(journal, rank, manifest)
+            self.complete = journal.complete
+            self._streams = {split: _Stream() for split in layout.SPLITS}
+            self._samples = SampleLog(folder / layout.log_name(layout.SAMPLES, rank), journal.logs.samples)
+            self._rejected = SampleLog(folder / layout.log_name(layout.REJECTED, rank), journal.logs.rejected)
+            sync_folders([folder])
+            self._restore(journal)
+            refresh_documents(folder, manifest, rank)
+        except BaseException:
+            self._unlock()
+            raise
         self._encoders = ThreadPoolExecutor(threads, "clt-encode")
         self._quantisers = ThreadPoolExecutor(threads, "clt-quantise")
         self._committer = ThreadPoolExecutor(1, "clt-commit")
@@ -175,9 +153,7 @@ class CacheWriter:
         """No more tokens of split train are wanted."""
         return self.max_tokens is not None and self._streams["train"].added >= self.max_tokens
 
-    def add(
-        self, split: str, cursor: int, sample: dict[str, Any], columns: Columns, values: Values
-    ) -> None:
+    def add(self, split: str, cursor: int, sample: dict[str, Any], columns: Columns, values: Values) -> None:
         """Store one sample's tokens.
 
         sample: the line for samples.jsonl; its "sample" is the number that columns["sample"] repeats.
@@ -185,6 +161,7 @@ class CacheWriter:
         bf16 bits; fastest as a view of (layer, token, d_model). Raises CacheError where values cannot be
         represented, naming the sample.
         """
+        self._check_sound()
         stream = self._streams[split]
         self._samples.add(sample["sample"], sample)
         self._at_cursor(stream, cursor)
@@ -216,8 +193,13 @@ class CacheWriter:
 
     def flush(self) -> None:
         """Wait until every full window is committed."""
-        while self._commits:
-            self._commits.pop(0).result()
+        self._check_sound()
+        try:
+            while self._commits:
+                self._commits.pop(0).result()
+        except BaseException:
+            self._failed = True  # what follows must not be committed behind a gap
+            raise
 
     def finish(self) -> None:
         """Commit what is left as shorter windows, and mark this writer's part as complete."""
@@ -227,19 +209,35 @@ class CacheWriter:
             if self._streams[split].filling is not None:
                 self._seal(split)
         self.flush()
-        append(self._journal_fd, final_line(self._commit_logs(*self._take_waiting())))
+        try:
+            append(self._journal_fd, final_line(self._commit_logs(*self._take_waiting())))
+        except BaseException:
+            self._failed = True
+            raise
         self.complete = True
-        _write_documents(self.folder, self.manifest)
+        refresh_documents(self.folder, self.manifest, self.rank)
 
     def close(self) -> None:
         """Stop after the windows that are full; what fills a window is left to the next run."""
         try:
-            self.flush()
+            if not self._failed:
+                self.flush()
         finally:
             for pool in (self._committer, self._encoders, self._quantisers):
                 pool.shutdown(cancel_futures=True)
-            with contextlib.suppress(OSError):
-                os.close(self._journal_fd)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        descriptor, self._journal_fd = self._journal_fd, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _check_sound(self) -> None:
+        if self._failed:
+            raise CacheError(
+                f"{self.folder}: a window could not be written; expected this writer to be closed. "
+                "Run the harvest again, it goes on from the last committed window"
+            )
 
     @staticmethod
     def _at_cursor(stream: _Stream, cursor: int) -> None:
@@ -263,16 +261,13 @@ class CacheWriter:
         self.flush()
         number = stream.windows * self.manifest.world_size + self.rank
         stream.windows += 1
-        stream.committed += window.tokens
+        stream.sealed += window.tokens
         position = (stream.cursor, stream.since_cursor)
         job = self._committer.submit(self._commit, split, number, window, position, self._take_waiting())
         self._commits.append(job)
 
     def _take_waiting(self) -> tuple[bytes, bytes]:
-        lines = bytes(self._samples.waiting), bytes(self._rejected.waiting)
-        self._samples.waiting.clear()
-        self._rejected.waiting.clear()
-        return lines
+        return self._samples.take(), self._rejected.take()
 
     def _commit(
         self, split: str, number: int, window: Window, position: tuple[int, int], lines: tuple[bytes, bytes]
@@ -293,7 +288,8 @@ class CacheWriter:
         append(self._journal_fd, window_line(entry))
         self.bytes_written += sum(file.size for file in files.values())
         self._committed_here += window.tokens
-        _write_documents(self.folder, self.manifest)
+        self._streams[split].committed += window.tokens
+        refresh_documents(self.folder, self.manifest, self.rank)
 
     def _write_window(self, split: str, number: int, window: Window) -> Iterator[tuple[str, FileEntry]]:
         stream = self._streams[split]
@@ -323,7 +319,7 @@ class CacheWriter:
                 yield layout.window_file(name, number, 1 + array.ndim), array
 
     def _write(self, name: str, data: bytes) -> tuple[str, FileEntry]:
-        write_file(self.folder / name, data)
+        write_file(self.folder / name, data, self.rank)
         return name, FileEntry(len(data), checksum(data))
 
     def _commit_logs(self, samples: bytes, rejected: bytes) -> LogSizes:
@@ -345,54 +341,7 @@ class CacheWriter:
             stream.sums = {site: SiteSums.zeros(*shape) for site in layout.SITES}
             if mine:
                 last = mine[-1]
-                stream.committed, stream.windows = sum(entry.tokens for entry in mine), len(mine)
+                stream.sealed = stream.committed = sum(entry.tokens for entry in mine)
+                stream.windows = len(mine)
                 stream.cursor, stream.to_skip = last.cursor, last.skip
                 stream.sums, stream.count = read_site_sums(self.folder, self.manifest, split, last.window)
-
-
-def _begin(folder: Path, manifest: Manifest) -> None:
-    """Create the folder, or check that what is there is this cache."""
-    if (folder / ROOT).exists():
-        differing = read_manifest(folder).differences(manifest)
-        if differing:
-            raise CacheError(
-                f"{folder} was harvested differently; use another folder, or the same arguments. "
-                "Differences (there -> now): " + "; ".join(differing)
-            )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CacheError(f"{folder} exists and is not a cache; choose another folder")
-    for name, data in documents(manifest, dict.fromkeys(layout.SPLITS, (0, 0))).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            write_file(folder / name, data)
-
-
-def _write_documents(folder: Path, manifest: Manifest) -> None:
-    """Bring every zarr.json up to the journals; again if another rank committed meanwhile."""
-    written = None
-    while (extents := read_extents(folder, manifest)) != written:
-        for name, data in documents(manifest, extents).items():
-            if (folder / name).read_bytes() != data:
-                write_file(folder / name, data)
-        written = extents
-
-
-def _lock(path: Path) -> int:
-    """Open a journal for appending, and hold it: the lock goes with the process, however that ends."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise CacheError(f"{path.parent} is being written by another process; wait for it or stop it") from None
-    return descriptor
-
-
-def _open_log(path: Path, committed: FileEntry) -> _Log:
-    """A log as far as it was committed; what a crash left behind that is ignored, and overwritten."""
-    path.touch()
-    data = path.read_bytes()[: committed.size]
-    if len(data) != committed.size or checksum(data) != committed.crc32c:
-        raise CacheError(f"{path} is not what the journal committed; restore it from a copy")
-    known = {json.loads(line)["sample"] for line in data.splitlines()}
-    return _Log(path, len(data), int(committed.crc32c, 16), known)

@@ -1,0 +1,78 @@
+"""The cache's folder as several writers share it: whose it is, who writes, and the zarr.json documents."""
+
+import fcntl
+import os
+import re
+from pathlib import Path
+
+from . import layout
+from .errors import CacheError
+from .files import partial_path, sync_folders, write_file
+from .manifest import Manifest
+from .metadata import ROOT, documents
+from .stored import read_extents, read_manifest
+
+_BEGINNING = re.compile(rf"\.{re.escape(ROOT)}\.\d+\.partial|{layout.JOURNAL}(-\d{{5}})?\.jsonl")
+"""Files of a writer that has not named its manifest yet."""
+
+
+def claim_folder(folder: Path, manifest: Manifest) -> None:
+    """Create the folder, or check that what is there is this cache, or nothing."""
+    if (folder / ROOT).exists():
+        differing = read_manifest(folder).differences(manifest)
+        if differing:
+            raise CacheError(
+                f"{folder} was harvested differently; use another folder, or the same arguments. "
+                "Differences (there -> now): " + "; ".join(differing)
+            )
+    elif folder.exists() and not (folder.is_dir() and all(_is_beginning(path) for path in folder.iterdir())):
+        raise CacheError(f"{folder} exists and is not a cache; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    sync_folders([folder.absolute().parent])
+
+
+def lock(path: Path) -> int:
+    """Open a journal for appending, and hold it: the lock goes with the process, however that ends."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise CacheError(
+            f"{path.parent} is being written by another process; wait for it or stop it"
+        ) from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def write_root(folder: Path, manifest: Manifest, rank: int) -> None:
+    """Name the manifest, unless another rank has; remove what a crash of this rank left of its documents."""
+    expected = documents(manifest, dict.fromkeys(layout.SPLITS, (0, 0)))
+    for name in expected:
+        partial_path(folder / name, rank).unlink(missing_ok=True)
+    if not (folder / ROOT).exists():
+        write_file(folder / ROOT, expected[ROOT], rank)
+    claim_folder(folder, manifest)  # the rank that was first may have had other arguments
+    folders = {(folder / name).parent for name in expected}
+    missing = sorted(path for path in folders if not path.exists())
+    for path in missing:
+        path.mkdir(parents=True, exist_ok=True)
+    sync_folders(sorted(folders))
+
+
+def refresh_documents(folder: Path, manifest: Manifest, rank: int) -> None:
+    """Bring every zarr.json up to the journals; again if another rank committed meanwhile."""
+    written = None
+    while (extents := read_extents(folder, manifest)) != written:
+        for name, data in documents(manifest, extents).items():
+            path = folder / name
+            if not path.exists() or path.read_bytes() != data:
+                write_file(path, data, rank)
+        written = extents
+
+
+def _is_beginning(path: Path) -> bool:
+    named = _BEGINNING.fullmatch(path.name) is not None
+    return named and path.is_file() and (path.name.startswith(".") or path.stat().st_size == 0)

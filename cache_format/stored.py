@@ -1,0 +1,121 @@
+"""What lies in a cache's folder, read back and checked, piece by piece.
+
+Nothing here allocates more than the files that it reads can hold.
+"""
+
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import layout
+from .codec import decode_chunk
+from .errors import CacheError, DamagedCacheError
+from .files import checksum, read_file
+from .journal import FileEntry, Journal, read_journal
+from .manifest import Manifest, parse_manifest
+from .metadata import ROOT, Extent
+from .statistics import SiteSums
+from .strict_json import parse_json
+
+MAX_RATIO = 1 << 16
+"""Decoded bytes for one stored byte: zstd's best is a block of 128 KiB in four bytes."""
+
+
+def missing_files(folder: Path, journals: list[Journal]) -> list[str]:
+    """One line for each committed file that is absent or has another size."""
+    faults = []
+    for journal in journals:
+        for entry in journal.windows:
+            for name, file in entry.files.items():
+                try:
+                    status = (folder / name).stat()
+                except (FileNotFoundError, NotADirectoryError):
+                    faults.append(f"{name} is missing")
+                else:
+                    size = status.st_size
+                    if not stat.S_ISREG(status.st_mode):
+                        faults.append(f"{name} is no file")
+                    elif size != file.size:
+                        faults.append(f"{name} has {size} bytes, expected {file.size}")
+    return faults
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, from the root's attributes; CacheError where there is none that this version reads."""
+    path = folder / ROOT
+    if not path.is_file():
+        raise CacheError(f"{folder} is no cache: expected a file {ROOT} in it, found none")
+    try:
+        attribute = parse_json(path.read_bytes())["attributes"]["clt"]
+    except (ValueError, KeyError, TypeError) as fault:
+        raise CacheError(f"{path} does not describe a cache of clt ({fault!r}); copy it again") from fault
+    try:
+        return parse_manifest(attribute)
+    except CacheError as fault:
+        raise CacheError(f"{path}: {fault}") from fault
+
+
+def read_log(path: Path, committed: FileEntry) -> tuple[bytes, list[dict[str, Any]]]:
+    """The committed part of samples.jsonl or rejected.jsonl: its bytes, and its lines."""
+    data = read_file(path)[: committed.size]
+    if len(data) != committed.size or checksum(data) != committed.crc32c:
+        raise DamagedCacheError(f"{path} is not what the journal committed; restore it from a copy")
+    lines = []
+    for number, text in enumerate(data.splitlines(), start=1):
+        try:
+            line = parse_json(text)
+            if type(line["sample"]) is not int:
+                raise ValueError("sample: expected an integer")
+        except (ValueError, KeyError, TypeError) as fault:
+            raise DamagedCacheError(
+                f"{path}, line {number}: expected an object with a sample number ({fault!r}); harvest again"
+            ) from fault
+        lines.append(line)
+    return data, lines
+
+
+def read_extents(folder: Path, manifest: Manifest) -> dict[str, Extent]:
+    """Length of each split's arrays, as the journals of all writers have it now."""
+    extents = dict.fromkeys(layout.SPLITS, (0, 0))
+    for rank in range(manifest.world_size):
+        for entry in read_journal(folder, rank).windows:
+            tokens, windows = extents[entry.split]
+            end = entry.window * manifest.window + entry.tokens
+            extents[entry.split] = (max(tokens, end), max(windows, entry.window + 1))
+    return extents
+
+
+def read_site_sums(
+    folder: Path, manifest: Manifest, split: str, window: int
+) -> tuple[dict[str, SiteSums], npt.NDArray[np.int64]]:
+    """Sums over all windows of one writer up to and including `window`, and tokens by group."""
+    per_layer = (layout.N_GROUPS, manifest.n_layers)
+    sums = {}
+    for site in layout.SITES:
+        arrays = []
+        for statistic in layout.STATISTICS:
+            shape = per_layer + (manifest.d_model,) * (statistic == "sum")
+            array = layout.statistic_array(split, site, statistic)
+            path = layout.window_file(array, window, 1 + len(shape))
+            arrays.append(read_array(folder, path, shape, np.dtype("<f8")))
+        sums[site] = SiteSums(*arrays)
+    path = layout.window_file(layout.count_array(split), window, 2)
+    return sums, read_array(folder, path, (layout.N_GROUPS,), np.dtype("<i8"))
+
+
+def read_array(folder: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The array in a file that is one chunk."""
+    path = folder / name
+    stored = read_file(path)
+    nbytes = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if nbytes > MAX_RATIO * len(stored):
+        raise DamagedCacheError(f"{path}: {len(stored)} bytes cannot hold {nbytes}; copy it again")
+    out = np.empty(shape, dtype)
+    try:
+        decode_chunk(memoryview(stored), out)
+    except DamagedCacheError as fault:
+        raise DamagedCacheError(f"{path}: {fault}; copy it again") from fault
+    return out
