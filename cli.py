@@ -189,9 +189,8 @@ def train_command(
 
     with stop_on_signals():
         report = train(config, resume)
-    text = (
-        f"{report.run}: {report.steps} steps, {report.tokens} tokens, FVU of the last step {report.fvu:.4f}"
-    )
+    text = f"{report.run}: {report.steps} steps, {report.tokens} tokens"
+    text += " (was complete)" if report.fvu is None else f", FVU of the last step {report.fvu:.4f}"
     _answer(as_json, {**report._asdict(), "run": str(report.run)}, text)
 
 

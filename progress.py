@@ -46,6 +46,10 @@ class Progress:
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._line(note)
 
+    def advance_to(self, done: int, note: str = "") -> None:
+        """As `add`, told how far the work is."""
+        self.add(done - self._done, note)
+
     def _line(self, note: str) -> None:
         self._last_line = time.monotonic()
         of = f"/{self._total}" if self._total else ""

@@ -177,15 +177,15 @@ def _run_pool(run: _Harvest, split: str) -> None:
             rows = slice(start, start := start + len(sample.columns["sample"]))
             part = {site: value[rows] for site, value in values.items()}
             run.writer.add(split, cursor, sample.line, sample.columns, part)
-        _report(run, split, stored)
+        _report(run)
 
 
-def _report(run: _Harvest, split: str, stored: int) -> None:
+def _report(run: _Harvest) -> None:
     writer = run.writer
     values = 2 * writer.manifest.n_layers * writer.manifest.d_model
     committed = writer.committed_here
     bits = f", {8 * writer.bytes_written / (committed * values):.2f} bits/value" if committed else ""
-    run.progress.add(stored if split == "train" else 0, f"{writer.bytes_written / 1e6:.0f} MB written{bits}")
+    run.progress.advance_to(writer.added("train"), f"{writer.bytes_written / 1e6:.0f} MB written{bits}")
 
 
 def _check_bad_fraction(run: _Harvest) -> None:

@@ -194,6 +194,7 @@ def test_a_run_that_exists_is_not_overwritten(cache: Path, tmp_path: Path) -> No
     before = {p: p.read_bytes() for p in config.run.rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=r"run exists; choose another --run-name, or go on with --resume"):
         train(config)
+    assert train(config, resume=True).fvu is None
     with pytest.raises(ValueError, match=r"trained otherwise.*lr: 0.005 -> 0.1"):
         train(replace(config, lr=0.1), resume=True)
     assert before == {p: p.read_bytes() for p in config.run.rglob("*") if p.is_file()}

@@ -46,9 +46,8 @@ class TrainReport(NamedTuple):
     run: Path
     steps: int
     tokens: int
-    fvu: float
-    """Mean over layers, of the last step."""
-    seconds: float
+    fvu: float | None
+    """Mean over layers, of the last step; None where the run was complete already."""
 
 
 class _Run:
@@ -93,7 +92,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
         )
     metrics = MetricsFile(config.run / "metrics.jsonl", run.step)
     with run.reader, Progress("train", total=run.plan.tokens, unit="tok", done=run.tokens) as progress:
-        began, fvu = time.monotonic(), math.nan
+        fvu = math.nan
         try:
             while run.step < run.plan.steps:
                 fvu = _one_step(run, metrics, progress)
@@ -107,7 +106,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
         finally:
             metrics.close()
         run.save()
-    return TrainReport(config.run, run.step, run.tokens, fvu, time.monotonic() - began)
+    return TrainReport(config.run, run.step, run.tokens, fvu)
 
 
 def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None = None) -> Source:
