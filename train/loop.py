@@ -90,23 +90,29 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
             f"warning: sinks (massive activations) hold {share:.0%} of the variance of a layer; FVU will "
             "hardly see the other tokens there. --exclude bos,sink leaves them out"
         )
+    with run.reader:
+        fvu = _loop(run) if run.step < run.plan.steps else None
+    return TrainReport(config.run, run.step, run.tokens, fvu)
+
+
+def _loop(run: _Run) -> float:
+    """Step until the plan is fulfilled or a signal asks to stop; saves in both cases. The last step's FVU."""
+    config, plan, fvu = run.config, run.plan, math.nan
     metrics = MetricsFile(config.run / "metrics.jsonl", run.step)
-    with run.reader, Progress("train", total=run.plan.tokens, unit="tok", done=run.tokens) as progress:
-        fvu = math.nan
+    with Progress("train", total=plan.tokens, unit="tok", done=run.tokens) as progress:
         try:
-            while run.step < run.plan.steps:
+            while run.step < plan.steps:
                 fvu = _one_step(run, metrics, progress)
-                if run.step % config.save_every == 0 and run.step < run.plan.steps:
+                if run.step % config.save_every == 0 and run.step < plan.steps:
                     run.save()
                 StopRequested.check()
         except StopRequested:
-            folder = run.save()
-            _say(f"stopped; {folder} is saved, go on with --resume")
+            _say(f"stopped; {run.save()} is saved, go on with --resume")
             raise
         finally:
             metrics.close()
-        run.save()
-    return TrainReport(config.run, run.step, run.tokens, fvu)
+    run.save()
+    return fvu
 
 
 def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None = None) -> Source:
