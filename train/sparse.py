@@ -40,7 +40,7 @@ class Codes:
 
     def decode(self, weight: Tensor) -> Tensor:
         """A @ weight: (latent, d) -> (token, d)."""
-        return self._matrix @ weight
+        return torch.matmul(self._matrix, weight)
 
     def weight_grad(self, grad: Tensor) -> Tensor:
         """A^T @ grad: (token, d) -> (latent, d)."""
