@@ -245,7 +245,9 @@ def main() -> None:
         _fail(fault, BAD_USAGE, debug)
     except (StopRequested, KeyboardInterrupt, typer.Abort) as fault:
         _fail(
-            RuntimeError("interrupted; what was committed is kept, run again to go on")
+            RuntimeError(
+                "interrupted; what was saved is kept, go on with the same command (train: and --resume)"
+            )
             if not debug
             else fault,
             INTERRUPTED,

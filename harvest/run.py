@@ -203,7 +203,7 @@ def _check_disk(cache: Path, manifest: Manifest, tokens: int | None) -> None:
     free = shutil.disk_usage(cache).free
     if needed > free:
         raise ValueError(
-            f"{cache}: expected room for up to {needed / 1e9:.1f} GB, found {free / 1e9:.1f} GB free; "
+            f"{cache}: expected room for up to {needed / 1e6:.0f} MB, found {free / 1e6:.0f} MB free; "
             "free some, choose another disk, or harvest fewer --tokens or --layers"
         )
 
