@@ -55,6 +55,7 @@ class Statistics:
     """(layer,): squared difference between true and stored vectors, over the variance"""
 
 
+@np.errstate(invalid="ignore", over="ignore")  # NaN and infinity are told in the moments, not warned of
 def summarise(sums: SiteSums, count: npt.NDArray[np.int64], groups: npt.NDArray[np.bool_]) -> Statistics:
     """Moments over the tokens whose group is chosen; all zero where there is none."""
     tokens = int(count[groups].sum())

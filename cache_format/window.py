@@ -30,6 +30,9 @@ from .statistics import SiteSums
 SINK_RATIO = 50.0
 """A token is a sink where its mlp_out norm at some layer is this many times the window's median there."""
 
+_QUIET = np.errstate(invalid="ignore", over="ignore")
+"""bf16 keeps NaN and infinity bit for bit; the statistics then say so, and need not warn."""
+
 Columns = dict[str, npt.NDArray[Any]]
 
 
@@ -74,6 +77,7 @@ class Window:
             pass  # wait for all, and raise what any of them raised
         self.tokens = rows.stop
 
+    @_QUIET
     def _store(self, site: str, index: int, rows: slice, values: npt.NDArray[Any]) -> None:
         given = np.ascontiguousarray(values[:, index])
         true: Floats = from_bf16_bits(given) if given.dtype == np.uint16 else given
@@ -91,6 +95,7 @@ class Window:
         lost = dequantise(codes, scale) - true
         self._noise[site][index, rows] = np.einsum("td,td->t", lost, lost)
 
+    @_QUIET
     def seal(self) -> npt.NDArray[np.int64]:
         """Mark the sinks; (token,) group of every token."""
         norms = self._norms[:, : self.tokens]
@@ -124,6 +129,7 @@ class Window:
             shard = build_shard(chunks, self.manifest.chunks_per_window)
             yield EncodedFile(layout.shard_file(array, window, index), shard)
 
+    @_QUIET
     def _add_sums(
         self,
         codes: npt.NDArray[Any],
