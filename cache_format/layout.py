@@ -106,9 +106,10 @@ def parse_layers(text: str | None, held: tuple[int, ...]) -> tuple[int, ...]:
     chosen: set[int] = set()
     for part in text.split(","):
         span, _, step = part.partition(":")
-        first, _, last = span.partition("-")
+        first, dash, last = span.partition("-")
         try:
-            chosen |= set(range(int(first), int(last or first) + 1, int(step or 1)))
+            numbers = range(int(first), int(last if dash else first) + 1, int(step or 1))
+            chosen |= set(numbers[: held[-1] + 2])  # as many as can be held, and one that cannot
         except ValueError:
             raise CacheError(f"--layers: expected such as 0-31, 0,4,8 or 0-31:4, found {text!r}") from None
     if not chosen or not chosen <= set(held):

@@ -8,10 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import settings
 
 from clt.cache_format import CacheWriter, Manifest, Split
 from clt.cache_format.codec import dequantise, from_bf16_bits, quantise, to_bf16_bits
 from clt.cache_format.layout import SITES
+
+settings.register_profile("clt", max_examples=50, deadline=None)  # a slow machine is no failure
+settings.load_profile("clt")
 
 LENGTHS = (37, 90, 5, 64, 1, 100, 20, 70, 33, 15, 60, 2)
 REJECTED = 3
