@@ -44,7 +44,10 @@ def _arrays(
         )
         if int8:
             shape = [tokens, layers, manifest.n_blocks]
-            yield layout.scale_array(split, site), _sharded(shape, window, "float16", token_axes[:2] + ["block"])
+            yield (
+                layout.scale_array(split, site),
+                _sharded(shape, window, "float16", token_axes[:2] + ["block"]),
+            )
         for statistic in layout.STATISTICS:
             shape = [windows, layout.N_GROUPS, layers] + [width] * (statistic == "sum")
             axes = ["window", "group", "layer", "channel"][: len(shape)]

@@ -133,6 +133,10 @@ class CacheWriter:
         """Something is committed or waits in a window."""
         return any(stream.added for stream in self._streams.values())
 
+    def added(self, split: str) -> int:
+        """Tokens taken in, committed or not (of this rank)."""
+        return self._streams[split].added
+
     @property
     def committed_here(self) -> int:
         """Tokens that this process committed."""
