@@ -34,6 +34,8 @@ GAUSSIAN = math.sqrt(math.pi / 2)
 SLAB = 1 << 17
 """Values quantised at a time, so that the temporaries stay in the processor's cache."""
 
+_LARGEST_STEP = np.float32(np.finfo(np.float16).max)
+
 blosc.use_threads = False  # one decoder a thread: its global pool would serialise our threads
 
 _ZSTD = Zstd(level=1, checksum=True)
@@ -82,7 +84,8 @@ def _quantise_slab(values: Floats, divisor: float, codes: npt.NDArray[np.int8], 
     peak = np.maximum.reduceat(size.view(np.int32), starts, axis=1).view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the scale
         mean = size.mean(axis=1, keepdims=True)
-        step = np.maximum(mean * np.float32(GAUSSIAN / divisor), peak / np.float32(127))
+        wanted = np.minimum(mean * np.float32(GAUSSIAN / divisor), _LARGEST_STEP)
+        step = np.maximum(wanted, peak / np.float32(127))
     scale[...] = _round_up_to_half(step)
     if not np.isfinite(scale).all():
         raise CacheError(

@@ -145,8 +145,12 @@ class Window:
             stored = from_bf16_bits(codes[rows]) if scale is None else dequantise(codes[rows], scale[rows])
             # no matrix product here: BLAS would start its own threads inside each of ours
             for present in np.unique(group[rows]):
-                sums.sum[present, index] += stored[group[rows] == present].sum(axis=0)
-            norms[rows] = np.einsum("td,td->t", stored, stored)
+                chosen = group[rows] == present
+                part: npt.NDArray[Any] = stored[chosen]
+                if present >= len(layout.KINDS):  # a sink's massive channels swallow the digits of the others
+                    part = part.astype(np.float64)
+                sums.sum[present, index] += part.sum(axis=0)
+                norms[rows][chosen] = np.einsum("td,td->t", part, part)
             peaks[rows] = np.abs(stored).max(axis=1)
         np.add.at(sums.square[:, index], group, norms)
         np.maximum.at(sums.absmax[:, index], group, peaks)

@@ -58,7 +58,9 @@ def test_layers_are_parsed(text: str | None, layers: tuple[int, ...]) -> None:
     assert layout.parse_layers(text, HELD) == layers
 
 
-@pytest.mark.parametrize("text", ["", "a", "0-", "-1", "3", "0-9", "2-0", "0-2:0", "1.5", "0-9:x", "0-999999999999"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "0-", "-1", "3", "0-9", "2-0", "0-2:0", "1.5", "0-9:x", "0-999999999999"]
+)
 def test_layers_that_are_not_held_or_not_readable_are_refused(text: str) -> None:
     """The message repeats what was typed."""
     with pytest.raises(CacheError, match="--layers: expected"):

@@ -52,7 +52,9 @@ def test_a_window_is_a_permutation_of_its_arrival(make_cache: Callable[..., Any]
     arrival = [key for key in tiny.true if key[0] == "train" and key[1] != 3]
     found = [
         ("train", *pair)
-        for pair in zip(split.token_column("sample").tolist(), split.token_column("position").tolist(), strict=True)
+        for pair in zip(
+            split.token_column("sample").tolist(), split.token_column("position").tolist(), strict=True
+        )
     ]
     start = 0
     for entry in split.entries:
@@ -101,7 +103,9 @@ def test_a_lost_document_is_written_again(make_cache: Callable[..., Any]) -> Non
     assert tiny.files() == before
 
 
-def test_another_manifest_is_refused_with_the_differences(make_cache: Callable[..., Any], plan_cache: Any) -> None:
+def test_another_manifest_is_refused_with_the_differences(
+    make_cache: Callable[..., Any], plan_cache: Any
+) -> None:
     """Resuming with other arguments names each field with both values, and touches nothing."""
     tiny = make_cache(lengths=SHORT)
     before = tiny.files()

@@ -1,0 +1,155 @@
+"""One shard file: its index, absent chunks, damage, and both ways to read it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from google_crc32c import value as crc32c
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from clt.cache_format import CacheError, DamagedCacheError
+from clt.cache_format.codec import encode_chunk
+from clt.cache_format.shard import Shard, build_shard
+
+IO = pytest.mark.parametrize("io", ["mmap", "pread"])
+CHUNKS = [np.full((64, 16), n, np.int8) + np.arange(16, dtype=np.int8) for n in range(3)]
+IN_ONE_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Callable[[bytes], Path]:
+    def write(data: bytes) -> Path:
+        path = tmp_path / "c.0.0.0"
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
+def footer(index: npt.NDArray[np.uint64]) -> bytes:
+    data = index.astype("<u8").tobytes()
+    return data + crc32c(data).to_bytes(4, "little")
+
+
+def decoded(shard: Shard, slot: int) -> npt.NDArray[np.int8]:
+    out = np.empty((64, 16), np.int8)
+    shard.decode(slot, out)
+    return out
+
+
+DATA = build_shard([encode_chunk(chunk) for chunk in CHUNKS], 4)
+
+
+@IO
+def test_each_chunk_comes_back(put: Callable[[bytes], Path], io: str) -> None:
+    """By slot, in any order, from both kinds of io."""
+    shard = Shard(put(DATA), 4, io)
+    for slot in (2, 0, 1):
+        np.testing.assert_array_equal(decoded(shard, slot), CHUNKS[slot])
+
+
+def test_the_layout_is_zarrs() -> None:
+    """Chunks in order from byte 0, then (offset, size) as little-endian uint64, all ones where absent, then crc32c."""
+    encoded = [encode_chunk(chunk) for chunk in CHUNKS]
+    sizes = [len(chunk) for chunk in encoded]
+    index = np.full((4, 2), 2**64 - 1, np.uint64)
+    index[:3] = [[sum(sizes[:n]), sizes[n]] for n in range(3)]
+    assert b"".join(encoded) + footer(index) == DATA
+
+
+@IO
+def test_an_absent_chunk_is_damage(put: Callable[[bytes], Path], io: str) -> None:
+    """A slot that was never written has size 0 and cannot be read."""
+    shard = Shard(put(DATA), 4, io)
+    assert shard.chunk_sizes().tolist() == [*(len(encode_chunk(c)) for c in CHUNKS), 0]
+    with pytest.raises(DamagedCacheError, match=r"c\.0\.0\.0, chunk 3: was never written"):
+        decoded(shard, 3)
+
+
+@IO
+def test_a_missing_file_is_damage(tmp_path: Path, io: str) -> None:
+    """The message names it and says what to do."""
+    with pytest.raises(DamagedCacheError, match="c.9 is missing; copy it again or harvest again"):
+        Shard(tmp_path / "c.9", 4, io)
+
+
+@IO
+@pytest.mark.parametrize("keep", [0, 1, 60, 67, 68, len(DATA) - 1])
+def test_a_truncated_file_is_damage(put: Callable[[bytes], Path], io: str, keep: int) -> None:
+    """However little is left, opening says so."""
+    with pytest.raises(DamagedCacheError, match="cut short|crc32c does not match"):
+        Shard(put(DATA[:keep]), 4, io)
+
+
+@IO
+def test_any_flipped_bit_is_found(put: Callable[[bytes], Path], io: str) -> None:
+    """In the index at open, in a chunk when it is decoded, and no other chunk suffers."""
+    for bit in range(0, 8 * len(DATA), 11):
+        altered = bytearray(DATA)
+        altered[bit // 8] ^= 1 << bit % 8
+        path = put(bytes(altered))
+        if bit // 8 >= len(DATA) - 68:
+            with pytest.raises(DamagedCacheError, match=r"c\.0\.0\.0: the index's crc32c"):
+                Shard(path, 4, io)
+            continue
+        shard, wrong = Shard(path, 4, io), 0
+        for slot, chunk in enumerate(CHUNKS):
+            try:
+                np.testing.assert_array_equal(decoded(shard, slot), chunk)
+            except DamagedCacheError as fault:
+                wrong += 1
+                if f"c.0.0.0, chunk {slot}: " not in str(fault):
+                    raise
+        assert wrong <= 1
+
+
+@pytest.mark.parametrize(
+    "place", [(0, 2**63), (2**64 - 1, 5), (10**6, 1), (0, 10**6), (2**64 - 8, 16), (3, 2**64 - 2)]
+)
+def test_an_index_that_points_outside_is_damage(put: Callable[[bytes], Path], place: tuple[int, int]) -> None:
+    """Also where offset + size wraps around 2**64; nothing is read or allocated there."""
+    path = put(b"x" * 40 + footer(np.array([place], np.uint64)))
+    with pytest.raises(DamagedCacheError, match="points outside the file"):
+        Shard(path, 1)
+
+
+@IN_ONE_FOLDER
+@given(
+    st.binary(max_size=60), st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 60), min_size=4, max_size=4)
+)
+def test_any_file_is_a_shard_or_a_cache_error(
+    put: Callable[[bytes], Path], body: bytes, words: list[int]
+) -> None:
+    """Whatever body and index a stranger signs, opening and decoding give numbers or a CacheError."""
+    path = put(body + footer(np.array(words, np.uint64).reshape(2, 2)))
+    for io in ("mmap", "pread"):
+        try:
+            shard = Shard(path, 2, io)
+        except CacheError:
+            continue
+        for slot in range(2):
+            with pytest.raises(CacheError):
+                decoded(shard, slot)
+
+
+@IN_ONE_FOLDER
+@given(st.binary(max_size=120), st.integers(1, 8))
+def test_any_bytes_are_no_shard(put: Callable[[bytes], Path], data: bytes, slots: int) -> None:
+    """Bytes without a right index are refused."""
+    with pytest.raises(CacheError):
+        Shard(put(data), slots)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=30), max_size=5), st.integers(0, 3))
+def test_building_fills_the_first_slots(chunks: list[bytes], spare: int) -> None:
+    """Every chunk lies where the index says, back to back; what is left over is absent."""
+    slots = len(chunks) + spare
+    data = build_shard(chunks, slots)
+    index = np.frombuffer(data[len(data) - 4 - 16 * slots : -4], "<u8").reshape(slots, 2)
+    for chunk, (start, size) in zip(chunks, index.tolist(), strict=False):
+        assert data[start : start + size] == chunk
+    assert (index[len(chunks) :] == 2**64 - 1).all()
+    assert len(data) == sum(map(len, chunks)) + 16 * slots + 4
