@@ -20,6 +20,7 @@ MAX_DIMENSION = 1 << 20
 """Refuse wider models and larger windows than this: a stranger's manifest must not size our memory."""
 MAX_VALUES = 1 << 24
 """Values of one token at one site; eight times those of a model of 126 layers and 16,384 channels."""
+MAX_LAYERS = 4096
 MAX_WORLD_SIZE = 4096
 MAX_DIVISOR = 64
 
@@ -140,8 +141,8 @@ def parse_str(data: object, name: str) -> str:
 
 
 def _parse_layers(data: object, name: str) -> tuple[int, ...]:
-    if not isinstance(data, list | tuple) or len(data) > MAX_DIMENSION:
-        raise CacheError(f"{name}: expected a list of layer numbers, found {_short(data)}")
+    if not isinstance(data, list | tuple) or len(data) > MAX_LAYERS:
+        raise CacheError(f"{name}: expected a list of at most {MAX_LAYERS} layer numbers, found {_short(data)}")
     return tuple(parse_int(item, name, 0, MAX_DIMENSION) for item in data)
 
 

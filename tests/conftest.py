@@ -81,7 +81,7 @@ class TinyCache:
         return from_bf16_bits(to_bf16_bits(values))
 
     def expected(self, split: Split, site: str) -> npt.NDArray[np.float32]:
-        """(token, layer, d_model) for the tokens of a split in the order on disk, found by sample and position."""
+        """(token, layer, d_model) of a split in the order on disk, found by sample and position."""
         sample, position = split.token_column("sample").tolist(), split.token_column("position").tolist()
         true = [self.true[split.name, s, p][site] for s, p in zip(sample, position, strict=True)]
         shape = (len(true), self.manifest.n_layers, self.manifest.d_model)
@@ -121,8 +121,8 @@ def _samples(manifest: Manifest, lengths: tuple[int, ...]) -> Iterator[TinySampl
 def plan_cache(tmp_path: Path) -> Callable[..., TinyCache]:
     """plan_cache(name="cache", **manifest fields): a tiny cache that is not written yet.
 
-    By default: 3 layers, 80 channels (so the last block of scales is narrower), windows of 128 tokens, 4 in train
-    and 2 in val with a partial one at the end of each, samples that span windows, one that is rejected.
+    By default: 3 layers, 80 channels (so the last block of scales is narrower), windows of 128 tokens, 3 in
+    train and 2 in val with a partial one at the end of each, samples that span windows, one that is rejected.
     """
 
     def plan(

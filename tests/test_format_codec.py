@@ -99,12 +99,12 @@ def test_what_int8_cannot_hold_is_refused(bad: float, place: tuple[int, int]) ->
     """NaN, Inf and overflow, in a full block or the narrow last one: an error and not a clipped number."""
     values = np.ones((2, 80), np.float32)
     values[place] = bad
-    with pytest.raises(CacheError, match="not finite, or beyond 8.3e6"):
+    with pytest.raises(CacheError, match=r"not finite, or beyond 8\.3e6"):
         quantise(values, 8.0)
 
 
 def test_every_bf16_pattern_comes_back() -> None:
-    """All 65,536 patterns, NaN payloads and infinities included, through a chunk's bytes and as float32 bits."""
+    """All 65,536 patterns, NaN payloads and infinities included, through bytes and as float32 bits."""
     bits = np.random.default_rng(0).permutation(65_536).astype(np.uint16)
     for chunk in bits.reshape(8, 64, 128):
         back = np.empty_like(chunk)
@@ -150,7 +150,7 @@ def test_a_chunk_comes_back(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHUNKS)
 def test_an_altered_byte_never_gives_a_wrong_number(name: str) -> None:
-    """Every flipped bit is refused; zstd alone has one bit that means nothing, and leaves the numbers right."""
+    """Every flipped bit is refused; one bit of a zstd header means nothing, and leaves the numbers right."""
     chunk = CHUNKS[name]
     stored = encode_chunk(chunk)
     harmless = 0

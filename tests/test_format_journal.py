@@ -229,5 +229,5 @@ def test_the_journal_must_name_the_manifest(make_cache: Callable[..., Any]) -> N
     """A manifest that was exchanged under a journal is found at open."""
     one, other = make_cache("one", lengths=(9,)), make_cache("other", lengths=(9,), seed=8)
     (one.path / "zarr.json").write_bytes((other.path / "zarr.json").read_bytes())
-    with pytest.raises(DamagedCacheError, match="not the one that .*journal.jsonl names"):
+    with pytest.raises(DamagedCacheError, match=r"not the one that .*journal\.jsonl names"):
         open_cache(one.path)

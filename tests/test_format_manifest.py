@@ -73,7 +73,7 @@ def test_what_is_written_comes_back(manifest: Manifest) -> None:
         ("layers", [1, 1], "layers: expected ascending"),
         ("layers", [-1], "layers: expected an integer from 0"),
         ("layers", "0,1", "layers: expected a list"),
-        ("layers", list(range(300_000)), f"d_model: expected at most {MAX_VALUES} values"),
+        ("layers", list(range(5000)), "layers: expected a list of at most 4096 layer numbers"),
         ("precision", "fp8", "precision: expected one of"),
         ("precision", None, "precision: expected a string"),
         ("step_divisor", 0.5, "step divisor: expected 1 to 64, found 0.5"),
@@ -114,9 +114,8 @@ def test_each_field_is_required(field: str) -> None:
 @pytest.mark.parametrize("version", [0, 2, "1", True, 1.0, None, [1]])
 def test_another_version_is_refused(version: object) -> None:
     """A cache of another format is not guessed at, and the message says what to do."""
-    with pytest.raises(
-        CacheError, match="reads cache format 1, the cache has .*; read it with the clt that wrote it"
-    ):
+    message = r"reads cache format 1, the cache has .*; read it with the clt that wrote it"
+    with pytest.raises(CacheError, match=message):
         parsed(format_version=version)
 
 
@@ -135,6 +134,13 @@ def test_any_object_is_a_manifest_or_a_cache_error(changed: dict[str, Any]) -> N
     except CacheError:
         return
     assert parse_manifest(json.loads(manifest.canonical())) == manifest
+
+
+def test_many_layers_of_many_channels_are_refused() -> None:
+    """Each may be large, but not both: a token has at most MAX_VALUES values at a site."""
+    assert parsed(layers=[*range(16)], d_model=2**20).n_layers == 16
+    with pytest.raises(CacheError, match=f"at most {MAX_VALUES} values a token, found 17 layers of 1048576"):
+        parsed(layers=[*range(17)], d_model=2**20)
 
 
 def test_what_cannot_be_read_back_cannot_be_made() -> None:

@@ -19,7 +19,7 @@ def test_bijection_is_a_permutation(n: int, key: list[int]) -> None:
 
 @given(st.integers(1, 2**50), KEY, st.lists(st.integers(0, 2**50), min_size=1, max_size=20))
 def test_bijection_stays_inside_and_keeps_apart(n: int, key: list[int], asked: list[int]) -> None:
-    """Images of any large range lie in it, distinct for distinct places, and do not depend on what else is asked."""
+    """Images lie in the range, distinct for distinct places, whatever else is asked."""
     places = np.unique(np.array(asked) % n)
     images = Bijection(n, *key)(places)
     assert ((images >= 0) & (images < n)).all()

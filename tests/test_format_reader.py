@@ -94,7 +94,7 @@ def test_what_is_no_cache_is_refused(tmp_path: Path) -> None:
     """A missing folder, an empty one, a file, a foreign zarr store."""
     (tmp_path / "file").write_text("x")
     for name in ("missing", ".", "file"):
-        with pytest.raises(CacheError, match="is no cache: expected a file zarr.json"):
+        with pytest.raises(CacheError, match=r"is no cache: expected a file zarr\.json"):
             open_cache(tmp_path / name)
     (tmp_path / "zarr.json").write_text('{"zarr_format":3,"node_type":"group","attributes":{}}')
     with pytest.raises(CacheError, match="does not describe a cache"):
@@ -130,7 +130,7 @@ def test_many_faults_are_counted_and_the_first_ones_named(tiny: Any) -> None:
 @IO
 @pytest.mark.parametrize("array", ["mlp_in", "mlp_in_scale"])
 def test_a_damaged_chunk_names_its_file_and_spares_the_others(tiny: Any, io: str, array: str) -> None:
-    """Reading over a flipped bit raises, with split, site, window and layer in the path; the rest still reads."""
+    """Reading a flipped bit raises, with split, site, window and layer in the path; the rest reads."""
     path = tiny.path / f"train/{array}/c.1.2.0"
     data = bytearray(path.read_bytes())
     data[20] ^= 4
@@ -181,7 +181,7 @@ def test_an_altered_log_is_refused(tiny: Any) -> None:
     """samples.jsonl is checked against the journal when it is read."""
     path = tiny.path / "samples.jsonl"
     path.write_bytes(path.read_bytes().replace(b"id-1", b"id-9", 1))
-    with pytest.raises(DamagedCacheError, match="samples.jsonl is not what the journal committed"):
+    with pytest.raises(DamagedCacheError, match=r"samples\.jsonl is not what the journal committed"):
         open_cache(tiny.path).samples()
 
 

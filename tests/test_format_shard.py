@@ -52,7 +52,7 @@ def test_each_chunk_comes_back(put: Callable[[bytes], Path], io: str) -> None:
 
 
 def test_the_layout_is_zarrs() -> None:
-    """Chunks in order from byte 0, then (offset, size) as little-endian uint64, all ones where absent, then crc32c."""
+    """Chunks in order, then (offset, size) in little-endian uint64, all ones where absent, then crc32c."""
     encoded = [encode_chunk(chunk) for chunk in CHUNKS]
     sizes = [len(chunk) for chunk in encoded]
     index = np.full((4, 2), 2**64 - 1, np.uint64)
@@ -72,7 +72,7 @@ def test_an_absent_chunk_is_damage(put: Callable[[bytes], Path], io: str) -> Non
 @IO
 def test_a_missing_file_is_damage(tmp_path: Path, io: str) -> None:
     """The message names it and says what to do."""
-    with pytest.raises(DamagedCacheError, match="c.9 is missing; copy it again or harvest again"):
+    with pytest.raises(DamagedCacheError, match=r"c\.9 is missing; copy it again or harvest again"):
         Shard(tmp_path / "c.9", 4, io)
 
 
@@ -80,7 +80,7 @@ def test_a_missing_file_is_damage(tmp_path: Path, io: str) -> None:
 @pytest.mark.parametrize("keep", [0, 1, 60, 67, 68, len(DATA) - 1])
 def test_a_truncated_file_is_damage(put: Callable[[bytes], Path], io: str, keep: int) -> None:
     """However little is left, opening says so."""
-    with pytest.raises(DamagedCacheError, match="cut short|crc32c does not match"):
+    with pytest.raises(DamagedCacheError, match=r"cut short|crc32c does not match"):
         Shard(put(DATA[:keep]), 4, io)
 
 

@@ -149,7 +149,7 @@ def test_max_tokens_bounds_train_alone(plan_cache: Callable[..., Any]) -> None:
 
 
 def test_skippable_counts_what_a_resumed_batch_need_not_compute(plan_cache: Callable[..., Any]) -> None:
-    """After a stop, whole samples that are committed are skipped unseen; a sample that is cut is delivered."""
+    """After a stop, samples that are committed whole are skipped unseen; one that is cut is delivered."""
     tiny = plan_cache(lengths=(100, 100), window=128)
     first, second = tiny.samples
     with tiny.writer() as writer:
