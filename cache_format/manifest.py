@@ -142,7 +142,8 @@ def parse_str(data: object, name: str) -> str:
 
 def _parse_layers(data: object, name: str) -> tuple[int, ...]:
     if not isinstance(data, list | tuple) or len(data) > MAX_LAYERS:
-        raise CacheError(f"{name}: expected a list of at most {MAX_LAYERS} layer numbers, found {_short(data)}")
+        expected = f"expected a list of at most {MAX_LAYERS} layer numbers"
+        raise CacheError(f"{name}: {expected}, found {_short(data)}")
     return tuple(parse_int(item, name, 0, MAX_DIMENSION) for item in data)
 
 

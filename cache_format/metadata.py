@@ -46,7 +46,7 @@ def _arrays(
             shape = [tokens, layers, manifest.n_blocks]
             yield (
                 layout.scale_array(split, site),
-                _sharded(shape, window, "float16", token_axes[:2] + ["block"]),
+                _sharded(shape, window, "float16", [*token_axes[:2], "block"]),
             )
         for statistic in layout.STATISTICS:
             shape = [windows, layout.N_GROUPS, layers] + [width] * (statistic == "sum")

@@ -60,7 +60,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def read_log(path: Path, committed: FileEntry) -> tuple[bytes, list[dict[str, Any]]]:
     """The committed part of samples.jsonl or rejected.jsonl: its bytes, and its lines."""
-    data = read_file(path)[: committed.size]
+    data = read_file(path)[: committed.size] if committed.size else b""
     if len(data) != committed.size or checksum(data) != committed.crc32c:
         raise DamagedCacheError(f"{path} is not what the journal committed; restore it from a copy")
     lines = []

@@ -51,7 +51,11 @@ def _verify_logs(cache: Cache) -> Iterator[str]:
     for rank, journal in enumerate(cache.journals):
         for log, (size, _) in zip((layout.SAMPLES, layout.REJECTED), journal.logs, strict=True):
             path = cache.path / layout.log_name(log, rank)
-            if path.exists() and journal.complete and path.stat().st_size != size:
+            if not journal.complete or (size and not path.exists()):
+                continue  # more may come, or the missing file was named above
+            if not path.exists():
+                yield f"{path} is missing; expected an empty file"
+            elif path.stat().st_size != size:
                 yield f"{path} has {path.stat().st_size} bytes, expected {size}"
 
 
