@@ -102,7 +102,7 @@ def test_the_six_lines_read_a_cache(tmp_path: Path, precision: str) -> None:
 
 
 def test_the_int8_step_is_as_written(tmp_path: Path) -> None:
-    """max(sqrt(pi/2) mean|x| / q, absmax of the block / 127), rounded up to float16."""
+    """max(min(sqrt(pi/2) mean|x| / q, 65504), absmax of the block / 127), rounded up to float16."""
     from clt.cache_format.codec import quantise
 
     x = np.random.default_rng(0).standard_normal((20, 150)).astype(np.float32)
