@@ -214,7 +214,7 @@ FAULTS = pytest.mark.parametrize(
 
 
 def test_the_run_has_every_kind_of_operation(whole: Any) -> None:
-    """What is tried below is what a harvest does: several windows, all kinds of operation, verified content."""
+    """What is tried below is what a harvest does: several windows, all kinds of operation."""
     assert {kind for kind, _ in whole.trace} == {
         "open",
         "write",
