@@ -50,7 +50,8 @@ class Codes:
         """For each code, its latent's row of weight times its token's row of grad: (token, k)."""
         places = _csr(*self._rows, torch.zeros_like(self.values).flatten(), self._size)
         products = torch.sparse.sampled_addmm(places, grad, weight.T)
-        return products.values().view_as(self.values)
+        found: Tensor = products.values()
+        return found.view_as(self.values)
 
     def encoder_grad(self, code_grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of encoder weight (latent, d) and bias (latent,); an inactive latent gets none."""
