@@ -27,8 +27,9 @@ def claim_folder(folder: Path, manifest: Manifest) -> None:
             )
     elif folder.exists() and not (folder.is_dir() and all(_is_beginning(path) for path in folder.iterdir())):
         raise CacheError(f"{folder} exists and is not a cache; choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    sync_folders([folder.absolute().parent])
+    if not folder.exists():
+        folder.mkdir(parents=True, exist_ok=True)  # another rank may be as early
+        sync_folders([folder.absolute().parent])
 
 
 def lock(path: Path) -> int:

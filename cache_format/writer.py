@@ -15,7 +15,6 @@ Memory: three windows (one of each split filling, one being written) and a shard
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,36 +41,10 @@ from .journal import (
 )
 from .manifest import Manifest
 from .sample_log import SampleLog
-from .statistics import SiteSums
-from .stored import read_site_sums
+from .stream import Stream
 from .window import Columns, Window
 
 Values = dict[str, npt.NDArray[Any]]
-
-
-@dataclass
-class _Stream:
-    """Where one split stands: what is committed, and the window that fills."""
-
-    sealed: int = 0
-    """Tokens handed to the encoder or committed."""
-    committed: int = 0
-    """Tokens in the journal."""
-    windows: int = 0
-    """Windows handed to the encoder or committed."""
-    cursor: int = 0
-    """The producer's cursor of what was added last."""
-    since_cursor: int = 0
-    """Tokens added since that cursor."""
-    to_skip: int = 0
-    """Tokens that a resumed producer delivers again and that are committed already."""
-    sums: dict[str, SiteSums] = field(default_factory=dict)
-    count: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(layout.N_GROUPS, np.int64))
-    filling: Window | None = None
-
-    @property
-    def added(self) -> int:
-        return self.sealed + (self.filling.tokens if self.filling else 0)
 
 
 class CacheWriter:
@@ -98,11 +71,14 @@ class CacheWriter:
             journal = read_journal(folder, rank)
             check_windows(journal, rank, manifest)
             self.complete = journal.complete
-            self._streams = {split: _Stream() for split in layout.SPLITS}
             self._samples = SampleLog(folder / layout.log_name(layout.SAMPLES, rank), journal.logs.samples)
             self._rejected = SampleLog(folder / layout.log_name(layout.REJECTED, rank), journal.logs.rejected)
             sync_folders([folder])
-            self._restore(journal)
+            self._resume_journal(journal)
+            self._streams = {
+                split: Stream.restored(folder, manifest, [e for e in journal.windows if e.split == split])
+                for split in layout.SPLITS
+            }
             refresh_documents(folder, manifest, rank)
         except BaseException:
             self._unlock()
@@ -145,12 +121,8 @@ class CacheWriter:
     def skippable(self, split: str, cursor: int, tokens: int) -> bool:
         """Whether the next `tokens` tokens are committed already; if so, counts them as added."""
         stream = self._streams[split]
-        self._at_cursor(stream, cursor)
-        if not 0 < tokens <= stream.to_skip:
-            return False
-        stream.to_skip -= tokens
-        stream.since_cursor += tokens
-        return True
+        stream.at_cursor(cursor)
+        return 0 < tokens <= stream.to_skip and stream.skip(tokens) == tokens
 
     @property
     def full(self) -> bool:
@@ -168,8 +140,11 @@ class CacheWriter:
         self._check_sound()
         stream = self._streams[split]
         self._samples.add(sample["sample"], sample)
-        self._at_cursor(stream, cursor)
-        start, length = self._wanted(stream, split, len(columns["sample"]))
+        stream.at_cursor(cursor)
+        length = len(columns["sample"])
+        start = stream.skip(length)
+        if split == "train" and self.max_tokens is not None:
+            length = min(length, start + max(0, self.max_tokens - stream.added))
         while start < length:
             window = stream.filling = stream.filling or Window(self.manifest)
             stop = min(length, start + window.room)
@@ -243,20 +218,6 @@ class CacheWriter:
                 "Run the harvest again, it goes on from the last committed window"
             )
 
-    @staticmethod
-    def _at_cursor(stream: _Stream, cursor: int) -> None:
-        if cursor != stream.cursor:
-            stream.cursor, stream.since_cursor = cursor, 0
-
-    def _wanted(self, stream: _Stream, split: str, length: int) -> tuple[int, int]:
-        """(first, end) of the tokens to store: not those committed before, not those beyond max_tokens."""
-        start = min(stream.to_skip, length)
-        stream.to_skip -= start
-        stream.since_cursor += start
-        if split == "train" and self.max_tokens is not None:
-            length = min(length, start + max(0, self.max_tokens - stream.added))
-        return start, length
-
     def _seal(self, split: str) -> None:
         """Hand the full window to the committer, once the one before is written."""
         stream = self._streams[split]
@@ -310,17 +271,8 @@ class CacheWriter:
         places = [(site, index) for site in layout.SITES for index in range(self.manifest.n_layers)]
         for entries in self._encoders.map(write_layer, places):
             yield from entries
-        for path, array in self._statistics(split, number):
+        for path, array in stream.statistics(split, number):
             yield self._write(path, encode_chunk(array))
-
-    def _statistics(self, split: str, number: int) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        stream = self._streams[split]
-        yield layout.window_file(layout.count_array(split), number, 2), stream.count
-        for site in layout.SITES:
-            for statistic in layout.STATISTICS:
-                array = getattr(stream.sums[site], statistic)
-                name = layout.statistic_array(split, site, statistic)
-                yield layout.window_file(name, number, 1 + array.ndim), array
 
     def _write(self, name: str, data: bytes) -> tuple[str, FileEntry]:
         write_file(self.folder / name, data, self.rank)
@@ -329,8 +281,8 @@ class CacheWriter:
     def _commit_logs(self, samples: bytes, rejected: bytes) -> LogSizes:
         return LogSizes(self._samples.commit(samples), self._rejected.commit(rejected))
 
-    def _restore(self, journal: Journal) -> None:
-        """Stand where the last committed window left off."""
+    def _resume_journal(self, journal: Journal) -> None:
+        """Begin the journal, or drop what a crash left behind its last line."""
         text = self.manifest.canonical().encode()
         if journal.manifest_crc32c is None:
             os.ftruncate(self._journal_fd, 0)
@@ -339,13 +291,3 @@ class CacheWriter:
             raise CacheError(f"{journal.path} was begun under another manifest; harvest into a new folder")
         else:
             os.ftruncate(self._journal_fd, journal.valid_bytes)
-        for split, stream in self._streams.items():
-            mine = [entry for entry in journal.windows if entry.split == split]
-            shape = (self.manifest.n_layers, self.manifest.d_model)
-            stream.sums = {site: SiteSums.zeros(*shape) for site in layout.SITES}
-            if mine:
-                last = mine[-1]
-                stream.sealed = stream.committed = sum(entry.tokens for entry in mine)
-                stream.windows = len(mine)
-                stream.cursor, stream.to_skip = last.cursor, last.skip
-                stream.sums, stream.count = read_site_sums(self.folder, self.manifest, split, last.window)
