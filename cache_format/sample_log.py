@@ -39,6 +39,13 @@ class SampleLog:
         self._waiting.clear()
         return lines
 
+    def show_waiting(self) -> None:
+        """Let people read the lines that wait; the next commit overwrites them."""
+        with open(self.path, "r+b") as file:
+            file.truncate(self._size)
+            file.seek(self._size)
+            file.write(self._waiting)
+
     def commit(self, lines: bytes) -> FileEntry:
         """Write lines behind what is committed, over whatever a crash left there."""
         with open(self.path, "r+b") as file:

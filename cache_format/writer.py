@@ -201,6 +201,8 @@ class CacheWriter:
         try:
             if not self._failed:
                 self.flush()
+                if not self.complete:
+                    self._rejected.show_waiting()
         finally:
             for pool in (self._committer, self._encoders, self._quantisers):
                 pool.shutdown(cancel_futures=True)

@@ -196,11 +196,11 @@ def test_full_disk_keeps_what_is_committed(
     config = configure(model, tmp_path / "data" / "train.jsonl", tmp_path / "c", batch_tokens=70)
     write, calls = clt.cache_format.writer.write_file, []
 
-    def failing(path: Path, data: bytes) -> None:
+    def failing(path: Path, data: bytes, rank: int) -> None:
         calls.append(path)
         if len(calls) > 100:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, data)
+        write(path, data, rank)
 
     monkeypatch.setattr(clt.cache_format.writer, "write_file", failing)
     with pytest.raises(OSError, match="No space left on device"):
