@@ -18,16 +18,17 @@ _BEGINNING = re.compile(rf"\.{re.escape(ROOT)}\.\d+\.partial|{layout.JOURNAL}(-\
 
 def claim_folder(folder: Path, manifest: Manifest) -> None:
     """Create the folder, or check that what is there is this cache, or nothing."""
-    if (folder / ROOT).exists():
+    # the second look: another rank may have named the manifest, and gone on, while the folder was listed
+    if not _has_root(folder) and not _is_beginning(folder) and not _has_root(folder):
+        raise CacheError(f"{folder} exists and is not a cache; choose another folder")
+    if _has_root(folder):
         differing = read_manifest(folder).differences(manifest)
         if differing:
             raise CacheError(
                 f"{folder} was harvested differently; use another folder, or the same arguments. "
                 "Differences (there -> now): " + "; ".join(differing)
             )
-    elif folder.exists() and not (folder.is_dir() and all(_is_beginning(path) for path in folder.iterdir())):
-        raise CacheError(f"{folder} exists and is not a cache; choose another folder")
-    if not folder.exists():
+    elif not folder.exists():
         folder.mkdir(parents=True, exist_ok=True)  # another rank may be as early
         sync_folders([folder.absolute().parent])
 
@@ -53,7 +54,7 @@ def write_root(folder: Path, manifest: Manifest, rank: int) -> None:
     expected = documents(manifest, dict.fromkeys(layout.SPLITS, (0, 0)))
     for name in expected:
         partial_path(folder / name, rank).unlink(missing_ok=True)
-    if not (folder / ROOT).exists():
+    if not _has_root(folder):
         write_file(folder / ROOT, expected[ROOT], rank)
     claim_folder(folder, manifest)  # the rank that was first may have had other arguments
     folders = {(folder / name).parent for name in expected}
@@ -74,6 +75,15 @@ def refresh_documents(folder: Path, manifest: Manifest, rank: int) -> None:
         written = extents
 
 
-def _is_beginning(path: Path) -> bool:
-    named = _BEGINNING.fullmatch(path.name) is not None
-    return named and path.is_file() and (path.name.startswith(".") or path.stat().st_size == 0)
+def _has_root(folder: Path) -> bool:
+    return (folder / ROOT).exists()
+
+
+def _is_beginning(folder: Path) -> bool:
+    """Whether there is nothing but what writers make before the manifest: partial files and empty journals."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and all(
+        _BEGINNING.fullmatch(path.name) and (path.name.startswith(".") or path.stat().st_size == 0)
+        for path in folder.iterdir()
+    )

@@ -7,6 +7,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_ranks_store_what_was_planned(whole: Any) -> None:
     assert verify_cache(str(whole.path), full=True) == []
 
 
-@pytest.mark.parametrize("pauses", [(0.0, 0.0), (0.03, 0.0), (0.0, 0.03)])
+@pytest.mark.parametrize("pauses", [(0.0, 0.0), (0.03, 0.0), (0.0, 0.03)], ids=["both", "0 slow", "1 slow"])
 def test_it_does_not_matter_which_rank_is_slow(
     whole: Any, tmp_path: Any, pauses: tuple[float, float]
 ) -> None:
@@ -97,6 +98,26 @@ def test_ranks_that_race_again_and_again(whole: Any, tmp_path: Any) -> None:
         children = [start(partial(tiny.write, rank)) for rank in (0, 1)]
         assert statuses(*children) == [0, 0]
         assert tiny.files() == expected
+
+
+def test_a_rank_that_begins_while_another_looks_is_no_stranger(
+    whole: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a rank's two looks at the folder the other one may write its whole part."""
+    tiny = whole.at(tmp_path / "both")
+    tiny.path.mkdir()
+    real, calls = Path.iterdir, []
+
+    def iterdir(folder: Path) -> Any:
+        if not calls:
+            calls.append(folder)
+            tiny.write(0)
+        return real(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    tiny.write(1)
+    assert calls == [tiny.path]
+    assert tiny.files() == whole.files()
 
 
 def write_half(tiny: Any, rank: int, done: int) -> None:
