@@ -1,10 +1,15 @@
 """The transcoder against loops, in model units."""
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from tiny_transcoder import SHAPE, make_model
 
-from clt.train.sparse import Codes, top_k
+from clt.train.activation import top_k
+from clt.train.sparse import Codes
 from clt.train.transcoder import Shape
 
 
@@ -58,23 +63,33 @@ def test_sources_of_a_target() -> None:
 def test_top_k_is_sorted_and_not_negative() -> None:
     pre = torch.tensor([[3.0, -1.0, 5.0, 4.0], [-1.0, -2.0, -3.0, 2.0]])
     codes = top_k(pre, 2)
-    assert codes.indices.tolist()[0] == [2, 3]
-    assert codes.values.tolist()[0] == [5.0, 4.0]
-    assert sorted(codes.values.tolist()[1]) == [0.0, 2.0]
+    assert codes.starts.tolist() == [0, 2, 4]
+    assert codes.columns.tolist()[:2] == [2, 3]
+    assert codes.values.tolist()[:2] == [5.0, 4.0]
+    assert sorted(codes.values.tolist()[2:]) == [0.0, 2.0]
 
 
-def test_sparse_products_equal_dense_ones() -> None:
-    """decode, weight_grad, code_grad and encoder_grad against the same with a dense matrix."""
-    torch.manual_seed(0)
-    pre, weight = torch.randn(11, 30, dtype=torch.float64), torch.randn(30, 7, dtype=torch.float64)
-    grad, inputs = torch.randn(11, 7, dtype=torch.float64), torch.randn(11, 9, dtype=torch.float64)
-    codes = Codes(top_k(pre, 5), 30)
-    dense = torch.zeros(11, 30, dtype=torch.float64).scatter_(1, codes.indices, codes.values)
+@given(
+    arrays(np.bool_, st.tuples(st.integers(1, 12), st.integers(1, 9))),
+    st.integers(0, 2**32),
+)
+def test_sparse_products_equal_dense_ones(places: np.ndarray, seed: int) -> None:
+    """decode, weight_grad, code_grad, encoder_grad and by_latent against a dense matrix, for any places."""
+    random = np.random.default_rng(seed)
+    tokens, latents = places.shape
+    values, weight, grad, inputs = (
+        torch.from_numpy(random.standard_normal(size))
+        for size in ((tokens, latents), (latents, 7), (tokens, 7), (tokens, 3))
+    )
+    values = values.clamp(min=0)  # so that zeros are among the codes
+    where = torch.from_numpy(places)
+    codes, dense = Codes.at(where, values), values * where
+    torch.testing.assert_close(codes.dense(), dense)
     torch.testing.assert_close(codes.decode(weight), dense @ weight)
     torch.testing.assert_close(codes.weight_grad(grad), dense.T @ grad)
     code_grad = codes.code_grad(grad, weight)
-    torch.testing.assert_close(code_grad, (grad @ weight.T).gather(1, codes.indices))
-    masked = torch.zeros_like(dense).scatter_(1, codes.indices, code_grad * (codes.values > 0))
+    full = (grad @ weight.T) * where
+    torch.testing.assert_close(code_grad, full[where])
     weight_grad, bias_grad = codes.encoder_grad(code_grad, inputs)
-    torch.testing.assert_close(weight_grad, masked.T @ inputs)
-    torch.testing.assert_close(bias_grad, masked.sum(dim=0))
+    torch.testing.assert_close(weight_grad, full.T @ inputs)
+    torch.testing.assert_close(bias_grad, full.sum(dim=0))

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..cache_format.layout import KINDS
 from .reader import Batch, read_in_order
 from .source import Selection, Source, default_threads, has_variance
-from .sparse import Codes
 from .transcoder import CrossLayerTranscoder
 
 Doubles = npt.NDArray[np.float64]
@@ -81,10 +80,10 @@ def _add(sums: _Sums, model: CrossLayerTranscoder, batch: Batch, kind: npt.NDArr
     codes = {}
     for source in range(model.shape.n_layers):
         standard = model.inputs.apply_to(batch.values("mlp_in", source, device, dtype), source)
-        codes[source] = Codes(model.encode_layer(standard, source), model.shape.n_latents)
+        codes[source] = model.encode_layer(standard, source)
         positive = codes[source].values > 0
         sums.active[source] += int(positive.sum())
-        sums.fired[source, codes[source].indices[positive].cpu().numpy()] = True
+        sums.fired[source, codes[source].columns[positive].cpu().numpy()] = True
     for target in range(model.shape.n_layers):
         truth = model.outputs.apply_to(batch.values("mlp_out", target, device, dtype), target)
         square = float(model.outputs.scale[target]) ** 2

@@ -1,13 +1,12 @@
-"""Codes (k active latents a token) and the three products a transcoder needs of them.
+"""Codes (the active latents of each token) and the three products a transcoder needs of them.
 
 With A (token, latent) the codes as a matrix: decode A @ W; weight gradient A^T @ G; code gradient (G W^T)
 at A's places. Each is done with sparse matrices in CSR form, whose transpose is built once for a source
-and serves all its targets; cost grows with k, not with the number of latents.
+and serves all its targets; cost grows with the number of codes, not with the number of latents.
 """
 
 import warnings
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,26 +16,40 @@ with warnings.catch_warnings():  # torch says once a process that CSR is in beta
     torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=False)
 
 
-class TopK(NamedTuple):
-    values: Tensor
-    """(token, k): activations, not negative"""
-    indices: Tensor
-    """(token, k): latents, ascending in each row"""
-
-
-def top_k(pre: Tensor, k: int) -> TopK:
-    """The k largest of relu(pre), (token, latent); where fewer are positive the rest are zeros."""
-    values, indices = torch.topk(pre, k, dim=-1, sorted=False)
-    indices, order = torch.sort(indices, dim=-1)
-    return TopK(values.gather(-1, order).clamp_(min=0), indices)
-
-
 class Codes:
-    """The codes of one source for one micro-batch."""
+    """The codes of one source for one micro-batch; any number a token, and zeros may be among them.
 
-    def __init__(self, codes: TopK, n_latents: int) -> None:
-        self.values, self.indices = codes
+    `starts` (token + 1,) int32: where each token's codes begin, the last is their number;
+    `columns` (code,) int32: latents, ascending in each token; `values` (code,): activations, not negative.
+    """
+
+    def __init__(self, starts: Tensor, columns: Tensor, values: Tensor, n_latents: int) -> None:
+        self.starts, self.columns, self.values = starts, columns, values
         self.n_latents = n_latents
+
+    @classmethod
+    def rectangle(cls, values: Tensor, indices: Tensor, n_latents: int) -> "Codes":
+        """The same number for each token: both (token, k), indices ascending in each row."""
+        tokens, k = values.shape
+        starts = torch.arange(0, tokens * k + 1, k, dtype=torch.int32, device=values.device)
+        return cls(starts, indices.flatten().int(), values.flatten(), n_latents)
+
+    @classmethod
+    def at(cls, places: Tensor, values: Tensor) -> "Codes":
+        """Codes wherever `places` (token, latent) is True; values (token, latent)."""
+        starts = torch.zeros(len(places) + 1, dtype=torch.int32, device=places.device)
+        starts[1:] = places.sum(dim=1).cumsum(0)
+        columns = places.nonzero()[:, 1]
+        return cls(starts, columns.int(), values[places], places.shape[1])
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.starts) - 1
+
+    def dense(self) -> Tensor:
+        """(token, latent)."""
+        out = self.values.new_zeros(self.n_tokens, self.n_latents)
+        return out.index_put_((self.tokens, self.columns), self.values)
 
     def decode(self, weight: Tensor) -> Tensor:
         """A @ weight: (latent, d) -> (token, d)."""
@@ -47,47 +60,46 @@ class Codes:
         return self._transposed(self.values) @ grad
 
     def code_grad(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """For each code, its latent's row of weight times its token's row of grad: (token, k)."""
-        places = _csr(*self._rows, torch.zeros_like(self.values).flatten(), self._size)
+        """For each code, its latent's row of weight times its token's row of grad: (code,)."""
+        places = _csr(self.starts, self.columns, torch.zeros_like(self.values), self._size)
         products = torch.sparse.sampled_addmm(places, grad, weight.T)
         found: Tensor = products.values()
-        return found.view_as(self.values)
+        return found
 
-    def encoder_grad(self, code_grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of encoder weight (latent, d) and bias (latent,); an inactive latent gets none."""
-        active = code_grad * (self.values > 0)
-        bias = torch.zeros(self.n_latents, dtype=active.dtype, device=active.device)
-        bias.index_add_(0, self.indices.flatten(), active.flatten())
-        return self._transposed(active) @ inputs, bias
+    def encoder_grad(self, pre_grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Encoder weight (latent, d) and bias (latent,) gradients, from that of pre-activations (code,)."""
+        return self._transposed(pre_grad) @ inputs, self.by_latent(pre_grad)
+
+    def by_latent(self, values: Tensor) -> Tensor:
+        """Sum over the codes of each latent: (code,) -> (latent,)."""
+        return values.new_zeros(self.n_latents).index_add_(0, self.columns, values)
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(code,) int64: the token of each."""
+        numbers = torch.arange(self.n_tokens, device=self.starts.device)
+        return numbers.repeat_interleave(self.starts.diff(), output_size=len(self.columns))
 
     @property
     def _size(self) -> tuple[int, int]:
-        return (len(self.values), self.n_latents)
-
-    @cached_property
-    def _rows(self) -> tuple[Tensor, Tensor]:
-        """CSR's row starts and columns."""
-        tokens, k = self.values.shape
-        starts = torch.arange(0, tokens * k + 1, k, dtype=torch.int32, device=self.values.device)
-        return starts, self.indices.flatten().int()
+        return (self.n_tokens, self.n_latents)
 
     @cached_property
     def _matrix(self) -> Tensor:
-        return _csr(*self._rows, self.values.flatten(), self._size)
+        return _csr(self.starts, self.columns, self.values, self._size)
 
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transpose's row starts and columns, and the order that sorts codes by latent."""
-        flat = self.indices.flatten()
-        order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=self.n_latents)
-        starts = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=flat.device)
+        order = torch.argsort(self.columns, stable=True)
+        counts = torch.bincount(self.columns, minlength=self.n_latents)
+        starts = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=order.device)
         starts[1:] = counts.cumsum(0)
-        return starts, (order // self.values.shape[1]).int(), order
+        return starts, self.tokens[order].int(), order
 
     def _transposed(self, values: Tensor) -> Tensor:
         starts, columns, order = self._by_latent
-        return _csr(starts, columns, values.flatten()[order], self._size[::-1])
+        return _csr(starts, columns, values[order], self._size[::-1])
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:

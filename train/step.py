@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .activation import through_relu
 from .reader import Batch
 from .sparse import Codes
 from .transcoder import CrossLayerTranscoder
@@ -54,7 +55,7 @@ class _MicroBatch:
         )
 
     def _encode(self, source: int) -> Codes:
-        return Codes(self.model.encode_layer(self.inputs(source), source), self.model.shape.n_latents)
+        return self.model.encode_layer(self.inputs(source), source)
 
 
 @torch.no_grad()
@@ -110,7 +111,9 @@ def _source(model: CrossLayerTranscoder, parts: list[_MicroBatch], source: int, 
     """One backward pass of one encoder, from the summed gradient of its codes."""
     total: dict[str, Tensor] = {}
     for part in parts:
-        weight, bias = part.codes[source].encoder_grad(part.code_grads[source], part.inputs(source))
+        codes = part.codes[source]
+        pre_grad = through_relu(codes, part.code_grads[source])
+        weight, bias = codes.encoder_grad(pre_grad, part.inputs(source))
         total["W_enc"] = weight if "W_enc" not in total else total["W_enc"] + weight
         total["b_enc"] = bias if "b_enc" not in total else total["b_enc"] + bias
     apply("encoder", source, total)
@@ -129,5 +132,5 @@ def _fired(parts: list[_MicroBatch], source: int) -> Tensor:
     codes = [part.codes[source] for part in parts]
     fired = torch.zeros(codes[0].n_latents, dtype=torch.bool, device=codes[0].values.device)
     for each in codes:
-        fired[each.indices[each.values > 0]] = True
+        fired[each.columns[each.values > 0]] = True
     return fired

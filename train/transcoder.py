@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..cache_format.layout import SITES
 from ..cache_format.statistics import Statistics
+from .activation import top_k
 from .config import TranscoderConfig
 from .source import Source
-from .sparse import Codes, TopK, top_k
+from .sparse import Codes
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,14 @@ class CrossLayerTranscoder(nn.Module):
         for weight in self.W_enc:
             nn.init.uniform_(weight, -bound, bound, generator=random)
 
-    def encode_layer(self, standard: Tensor, source: int) -> TopK:
+    def encode_layer(self, standard: Tensor, source: int) -> Codes:
         """Codes of one source from its standardised inputs (token, d_model)."""
         pre = torch.addmm(self.b_enc[source], standard, self.W_enc[source].T)
         return top_k(pre, self.shape.k)
 
     def decode_layer(self, codes: dict[int, Codes], target: int) -> Tensor:
         """Standardised output (token, d_model) of one target from the codes of its sources."""
-        out: Tensor = self.b_dec[target].expand(len(codes[target].values), -1)
+        out: Tensor = self.b_dec[target].expand(codes[target].n_tokens, -1)
         for place, source in enumerate(self.shape.sources(target)):
             out = out + codes[source].decode(self.W_dec[target][place])
         return out
@@ -117,8 +118,7 @@ class CrossLayerTranscoder(nn.Module):
         """x: (token, layer, d_model) in model units -> activations (token, layer, latent), mostly zero."""
         out = x.new_zeros(len(x), self.shape.n_layers, self.shape.n_latents)
         for source in range(self.shape.n_layers):
-            codes = self.encode_layer(self._standard(x, source), source)
-            out[:, source].scatter_(1, codes.indices, codes.values)
+            out[:, source] = self.encode_layer(self._standard(x, source), source).dense()
         return out
 
     def decode(self, activations: Tensor) -> Tensor:
