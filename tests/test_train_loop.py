@@ -21,7 +21,7 @@ from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig, TranscoderConfig
 from clt.train.evaluate import Evaluation, evaluate
 from clt.train.loop import load_config, open_source, plan, train
-from clt.train.metrics import DeadLatents
+from clt.train.metrics import DeadLatents, FiringCounts
 from clt.train.optimizer import learning_rate
 from clt.train.source import Selection, Source
 
@@ -264,12 +264,28 @@ def test_dead_counts_tokens_since_a_positive_activation(cache: Path, tmp_path: P
     config = configure(cache, tmp_path / "run", steps=1)
     train(config)
     dead = DeadLatents(load_transcoder(config.run), after_tokens=100)
-    fired = torch.zeros(LAYERS, 40, dtype=torch.bool)
-    fired[0, :10] = True
+    fired = torch.zeros(LAYERS, 40, dtype=torch.int64)
+    fired[0, :10] = 3
     dead.update(fired, 60)
     assert dead.share() == [0.0, 0.0, 0.0]
     dead.update(fired, 60)
     assert dead.share() == [0.75, 1.0, 1.0]
+
+
+def test_firing_counts_cover_the_last_one_to_two_periods(cache: Path, tmp_path: Path) -> None:
+    config = configure(cache, tmp_path / "run", steps=1)
+    train(config)
+    firing = FiringCounts(load_transcoder(config.run), period_tokens=100)
+    assert firing.frequency().sum() == 0
+    for count in (60, 30, 15, 6, 0, 0):  # of 60 tokens each: a period is full after two steps
+        fired = torch.zeros(LAYERS, 40, dtype=torch.int64)
+        fired[1, 7] = count
+        firing.update(fired, 60)
+        expected = {60: 60 / 60, 30: 90 / 120, 15: 105 / 180, 6: 111 / 240}.get(count)
+        if expected is not None:
+            assert float(firing.frequency()[1, 7]) == expected
+    assert float(firing.frequency()[1, 7]) == 21 / 240
+    assert int((firing.frequency() > 0).sum()) == 1
 
 
 def test_evaluation_equals_the_definition(cache: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
       shape.json                          sizes of the transcoder
       layers.<l>/transcoder.safetensors   W_enc, b_enc (source l), W_dec, b_dec (target l), means and scales
       layers.<l>/optimizer.safetensors    Adam's moments of the same
-      trainer.json, trainer.safetensors   step, tokens, where the reader stands; when each latent last fired
+      trainer.json, trainer.safetensors   step, tokens, place of the reader; when and how often latents fired
 
 A step folder appears whole, by a rename, and `latest` names it after that. No pickle.
 """
@@ -34,6 +34,8 @@ class TrainerState(NamedTuple):
     reader: dict[str, Any]
     tokens_since_fired: Tensor
     """(layer, latent) int64"""
+    firing: dict[str, Tensor]
+    """State of `FiringCounts`"""
 
 
 def save_checkpoint(
@@ -50,7 +52,8 @@ def save_checkpoint(
         folder.mkdir()
         save_file(_layer_tensors(model, place), folder / "transcoder.safetensors")
         save_file(optimizer.state(place), folder / "optimizer.safetensors")
-    save_file({"tokens_since_fired": state.tokens_since_fired}, partial / "trainer.safetensors")
+    latents = {"tokens_since_fired": state.tokens_since_fired, **state.firing}
+    save_file(latents, partial / "trainer.safetensors")
     trainer = {"step": state.step, "tokens": state.tokens, "reader": state.reader}
     (partial / "trainer.json").write_text(json.dumps(trainer))
     _sync_tree(partial)
@@ -87,8 +90,9 @@ def restore_training(folder: Path, model: CrossLayerTranscoder, optimizer: Layer
                 tensor.copy_(stored[name])
             optimizer.restore(place, load_file(folder / f"layers.{layer}" / "optimizer.safetensors"))
     data = json.loads((folder / "trainer.json").read_text())
-    fired = load_file(folder / "trainer.safetensors")["tokens_since_fired"]
-    return TrainerState(data["step"], data["tokens"], data["reader"], fired)
+    firing = load_file(folder / "trainer.safetensors")
+    since = firing.pop("tokens_since_fired")
+    return TrainerState(data["step"], data["tokens"], data["reader"], since, firing)
 
 
 def checkpoint_folder(path: Path) -> Path:

@@ -16,7 +16,7 @@ from ..progress import Progress
 from ..stopping import StopRequested
 from .checkpoint import TrainerState, checkpoint_folder, restore_training, save_checkpoint
 from .config import DEAD_AFTER_TOKENS, DEFAULT_WARMUP_STEPS, TrainConfig, config_from_json, default_lr
-from .metrics import DeadLatents, KindVariance, MetricsFile, step_metrics
+from .metrics import DeadLatents, FiringCounts, KindVariance, MetricsFile, step_metrics
 from .optimizer import LayerwiseAdam, learning_rate
 from .order import predicted_partners
 from .reader import Batch, Reader
@@ -61,16 +61,20 @@ class _Run:
             source, buffer_tokens=config.buffer_tokens, seed=config.seed, threads=config.threads
         )
         self.dead = DeadLatents(model, self.plan.dead_after)
+        self.firing = FiringCounts(model, self.plan.dead_after)
         self.variance = KindVariance(source, model)
         self.step = self.tokens = 0
 
     def restore(self, folder: Path) -> None:
         state = restore_training(folder, self.model, self.optimizer)
         self.step, self.tokens, self.dead.since = state.step, state.tokens, state.tokens_since_fired
+        self.firing.restore(state.firing)
         self.reader.restore(state.reader)
 
     def save(self) -> Path:
-        state = TrainerState(self.step, self.tokens, self.reader.state(), self.dead.since)
+        state = TrainerState(
+            self.step, self.tokens, self.reader.state(), self.dead.since, self.firing.state()
+        )
         return save_checkpoint(self.config.run, self.model, self.optimizer, state, self.config.keep)
 
 
@@ -156,6 +160,7 @@ def _one_step(run: _Run, metrics: MetricsFile, progress: Progress) -> float:
     tokens = sum(len(batch) for batch in batches)
     run.step, run.tokens = run.step + 1, run.tokens + tokens
     run.dead.update(result.fired, tokens)
+    run.firing.update(result.fired, tokens)
     seconds = time.monotonic() - began
     fvu = float(result.fvu.mean())
     if run.step % config.log_every == 0 or run.step == plan.steps:

@@ -49,13 +49,51 @@ class DeadLatents:
         self.since = torch.zeros(model.shape.n_layers, model.shape.n_latents, dtype=torch.int64)
 
     def update(self, fired: Tensor, tokens: int) -> None:
+        """fired: (layer, latent), for how many of the tokens it was positive."""
         self.since += tokens
-        self.since[fired.cpu()] = 0
+        self.since[fired.cpu() > 0] = 0
 
     def share(self) -> list[float]:
         """By layer: share of the latents that were not positive for `after_tokens` tokens."""
         dead: list[float] = (self.since >= self.after_tokens).double().mean(dim=1).tolist()
         return dead
+
+
+class FiringCounts:
+    """For how many tokens each latent was positive, over the last one to two periods.
+
+    Counts of the whole run would hold what latents did before they were trained; so there are two counts,
+    and the older one goes when the newer one is full.
+    """
+
+    def __init__(self, model: CrossLayerTranscoder, period_tokens: int) -> None:
+        size = model.shape.n_layers, model.shape.n_latents
+        self._period = period_tokens
+        self._fired = torch.zeros(2, *size, dtype=torch.int64)
+        self._tokens = torch.zeros(2, dtype=torch.int64)
+
+    def update(self, fired: Tensor, tokens: int) -> None:
+        if self._tokens[0] >= self._period:
+            for counts in (self._fired, self._tokens):
+                counts[1] = counts[0]
+                counts[0] = 0
+        self._fired[0] += fired.cpu()
+        self._tokens[0] += tokens
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were counted."""
+        return int(self._tokens.sum())
+
+    def frequency(self) -> Tensor:
+        """(layer, latent) float64: share of the counted tokens."""
+        return self._fired.sum(dim=0).double() / max(1, self.tokens)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"fired": self._fired, "fired_tokens": self._tokens}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self._fired, self._tokens = state["fired"], state["fired_tokens"]
 
 
 def step_metrics(

@@ -27,7 +27,7 @@ class StepResult(NamedTuple):
     l0: Tensor
     """(layer,): mean number of positive activations of a token"""
     fired: Tensor
-    """(layer, latent): whether it was positive for any token"""
+    """(layer, latent) int64: tokens for which it was positive"""
     square_error: Tensor
     """(layer, token): squared error of each standardised target, over all micro-batches"""
 
@@ -130,7 +130,5 @@ def _total_variance(wanted: list[Tensor], variance: str) -> Tensor:
 
 def _fired(parts: list[_MicroBatch], source: int) -> Tensor:
     codes = [part.codes[source] for part in parts]
-    fired = torch.zeros(codes[0].n_latents, dtype=torch.bool, device=codes[0].values.device)
-    for each in codes:
-        fired[each.columns[each.values > 0]] = True
-    return fired
+    positive = torch.cat([each.columns[each.values > 0] for each in codes])
+    return torch.bincount(positive, minlength=codes[0].n_latents)
