@@ -3,14 +3,16 @@
 import fcntl
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from . import layout
 from .errors import CacheError
 from .files import partial_path, sync_folders, write_file
+from .journal import Journal, WindowEntry, read_on, was_cut
 from .manifest import Manifest
-from .metadata import ROOT, documents
-from .stored import read_extents, read_manifest
+from .metadata import ROOT, Extent, documents
+from .stored import read_manifest
 
 _BEGINNING = re.compile(rf"\.{re.escape(ROOT)}\.\d+\.partial|{layout.JOURNAL}(-\d{{5}})?\.jsonl")
 """Files of a writer that has not named its manifest yet."""
@@ -64,15 +66,50 @@ def write_root(folder: Path, manifest: Manifest, rank: int) -> None:
     sync_folders(sorted(folders))
 
 
-def refresh_documents(folder: Path, manifest: Manifest, rank: int) -> None:
-    """Bring every zarr.json up to the journals; again if another rank committed meanwhile."""
-    written = None
-    while (extents := read_extents(folder, manifest)) != written:
-        for name, data in documents(manifest, extents).items():
-            path = folder / name
-            if not path.exists() or path.read_bytes() != data:
-                write_file(path, data, rank)
-        written = extents
+def extents_of(manifest: Manifest, windows: Iterable[WindowEntry]) -> dict[str, Extent]:
+    """Length of each split's arrays once these windows are committed."""
+    extents = dict.fromkeys(layout.SPLITS, (0, 0))
+    for entry in windows:
+        tokens, number = extents[entry.split]
+        end = entry.window * manifest.window + entry.tokens
+        extents[entry.split] = (max(tokens, end), max(number, entry.window + 1))
+    return extents
+
+
+class Documents:
+    """The zarr.json files, which follow the journals of all writers.
+
+    Each refresh reads on from where the last one stopped, so that late commits cost what early ones cost.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, rank: int) -> None:
+        self.folder, self.manifest, self.rank = folder, manifest, rank
+        self._start_over()
+
+    def refresh(self) -> None:
+        """Bring every zarr.json up to the journals; again if another rank committed meanwhile."""
+        written = None
+        while (extents := self._read_on()) != written:
+            for name, data in documents(self.manifest, extents).items():
+                path = self.folder / name
+                if not path.exists() or path.read_bytes() != data:
+                    write_file(path, data, self.rank)
+            written = extents
+
+    def _start_over(self) -> None:
+        names = [layout.log_name(layout.JOURNAL, rank) for rank in range(self.manifest.world_size)]
+        self._journals = [Journal(self.folder / name) for name in names]
+        self._extents = extents_of(self.manifest, [])
+
+    def _read_on(self) -> dict[str, Extent]:
+        if any(was_cut(journal) for journal in self._journals):
+            self._start_over()  # a writer took back a line that it could not make durable
+        for journal in self._journals:
+            found = extents_of(self.manifest, read_on(journal))
+            for split, (tokens, windows) in found.items():
+                before = self._extents[split]
+                self._extents[split] = (max(before[0], tokens), max(before[1], windows))
+        return dict(self._extents)
 
 
 def _has_root(folder: Path) -> bool:
@@ -80,7 +117,7 @@ def _has_root(folder: Path) -> bool:
 
 
 def _is_beginning(folder: Path) -> bool:
-    """Whether there is nothing but what writers make before the manifest: partial files and empty journals."""
+    """Whether there is nothing but what writers make before the manifest: partial files, empty journals."""
     if not folder.exists():
         return True
     return folder.is_dir() and all(

@@ -61,7 +61,10 @@ class Journal:
     manifest_crc32c: str | None = None
     final_logs: LogSizes | None = None
     """Set once the writer has finished."""
+    lines: int = 0
+    """Whole lines."""
     valid_bytes: int = 0
+    """Length of the whole lines."""
     torn_bytes: int = 0
     """Length of an unfinished last line."""
 
@@ -102,20 +105,37 @@ def final_line(logs: LogSizes) -> bytes:
 def read_journal(folder: Path, rank: int) -> Journal:
     """Read one writer's journal; a missing file is an empty journal."""
     journal = Journal(folder / log_name(JOURNAL, rank))
-    if not journal.path.exists():
-        return journal
-    data = journal.path.read_bytes()
-    whole, _, torn = data.rpartition(b"\n")
+    journal.windows = read_on(journal)
+    return journal
+
+
+def read_on(journal: Journal) -> list[WindowEntry]:
+    """The windows that were added behind what was read of `journal`, which is then read to its end; nothing
+    before it is read again. The caller decides whether they join `journal.windows`."""
+    try:
+        with open(journal.path, "rb") as file:
+            file.seek(journal.valid_bytes)
+            data = file.read()
+    except FileNotFoundError:
+        return []
+    whole, newline, torn = data.rpartition(b"\n")
     journal.torn_bytes = len(torn)
-    journal.valid_bytes = len(data) - len(torn)
-    for number, line in enumerate(whole.split(b"\n") if whole else [], start=1):
+    added: list[WindowEntry] = []
+    for line in whole.split(b"\n") if newline else []:
+        journal.lines += 1
         try:
-            _take(journal, _parse_line(line), first=number == 1)
+            _take(journal, _parse_line(line), added)
         except ValueError as fault:
             raise DamagedCacheError(
-                f"{journal.path}, line {number}: {fault}; restore the file from a copy"
+                f"{journal.path}, line {journal.lines}: {fault}; restore the file from a copy"
             ) from fault
-    return journal
+    journal.valid_bytes += len(data) - len(torn)
+    return added
+
+
+def was_cut(journal: Journal) -> bool:
+    """Whether the file is shorter than what was read of it."""
+    return journal.valid_bytes > 0 and journal.path.stat().st_size < journal.valid_bytes
 
 
 def check_windows(journal: Journal, rank: int, manifest: Manifest) -> None:
@@ -170,15 +190,15 @@ def _parse_line(line: bytes) -> dict[str, Any]:
     return content
 
 
-def _take(journal: Journal, content: dict[str, Any], first: bool) -> None:
-    if first:
+def _take(journal: Journal, content: dict[str, Any], added: list[WindowEntry]) -> None:
+    if journal.lines == 1:
         journal.manifest_crc32c = parse_str(content.get("manifest_crc32c"), "manifest_crc32c")
     elif journal.complete:
         raise DamagedCacheError("expected nothing after the line that ends the journal")
     elif content.get("complete") is True:
         journal.final_logs = _parse_logs(content)
     else:
-        journal.windows.append(_parse_window(content))
+        added.append(_parse_window(content))
 
 
 def _parse_window(content: dict[str, Any]) -> WindowEntry:

@@ -14,9 +14,9 @@ from . import layout
 from .codec import decode_chunk
 from .errors import CacheError, DamagedCacheError
 from .files import checksum, read_file
-from .journal import FileEntry, Journal, read_journal
+from .journal import FileEntry, Journal
 from .manifest import Manifest, parse_manifest
-from .metadata import ROOT, Extent
+from .metadata import ROOT
 from .statistics import SiteSums
 from .strict_json import parse_json
 
@@ -75,17 +75,6 @@ def read_log(path: Path, committed: FileEntry) -> tuple[bytes, list[dict[str, An
             ) from fault
         lines.append(line)
     return data, lines
-
-
-def read_extents(folder: Path, manifest: Manifest) -> dict[str, Extent]:
-    """Length of each split's arrays, as the journals of all writers have it now."""
-    extents = dict.fromkeys(layout.SPLITS, (0, 0))
-    for rank in range(manifest.world_size):
-        for entry in read_journal(folder, rank).windows:
-            tokens, windows = extents[entry.split]
-            end = entry.window * manifest.window + entry.tokens
-            extents[entry.split] = (max(tokens, end), max(windows, entry.window + 1))
-    return extents
 
 
 def read_site_sums(

@@ -7,10 +7,11 @@ import numpy as np
 from . import layout
 from .errors import CacheError
 from .files import checksum, read_file
+from .folder import extents_of
 from .metadata import documents
 from .reader import Cache, open_cache
 from .shard import Shard
-from .stored import missing_files, read_extents
+from .stored import missing_files
 
 Progress = Callable[[int], None]
 
@@ -60,7 +61,7 @@ def _verify_logs(cache: Cache) -> Iterator[str]:
 
 
 def _verify_documents(cache: Cache) -> Iterator[str]:
-    extents = read_extents(cache.path, cache.manifest)
+    extents = extents_of(cache.manifest, (entry for journal in cache.journals for entry in journal.windows))
     for name, expected in documents(cache.manifest, extents).items():
         try:
             if read_file(cache.path / name) != expected:

@@ -26,7 +26,7 @@ from . import layout
 from .codec import encode_chunk
 from .errors import CacheError
 from .files import checksum, sync_folders, write_file
-from .folder import claim_folder, lock, refresh_documents, write_root
+from .folder import Documents, claim_folder, lock, write_root
 from .journal import (
     FileEntry,
     Journal,
@@ -79,7 +79,8 @@ class CacheWriter:
                 split: Stream.restored(folder, manifest, [e for e in journal.windows if e.split == split])
                 for split in layout.SPLITS
             }
-            refresh_documents(folder, manifest, rank)
+            self._documents = Documents(folder, manifest, rank)
+            self._documents.refresh()
         except BaseException:
             self._unlock()
             raise
@@ -194,7 +195,7 @@ class CacheWriter:
             self._failed = True
             raise
         self.complete = True
-        refresh_documents(self.folder, self.manifest, self.rank)
+        self._documents.refresh()
 
     def close(self) -> None:
         """Stop after the windows that are full; what fills a window is left to the next run."""
@@ -256,7 +257,7 @@ class CacheWriter:
         self.bytes_written += sum(file.size for file in files.values())
         self._committed_here += window.tokens
         self._streams[split].committed += window.tokens
-        refresh_documents(self.folder, self.manifest, self.rank)
+        self._documents.refresh()
 
     def _write_window(self, split: str, number: int, window: Window) -> Iterator[tuple[str, FileEntry]]:
         stream = self._streams[split]
