@@ -1,6 +1,8 @@
 """The order of reading: every token once an epoch, whatever the sizes, threads, and interruptions."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -8,65 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numbered import numbers, write_cache
 
-from clt.cache_format import CacheError, CacheWriter, Manifest
+from clt.cache_format import CacheError
 from clt.train.order import ReadOrder, measured_partners, predicted_partners
 from clt.train.reader import Reader
 from clt.train.source import Selection, Source
-
-LAYERS, WIDTH = 2, 8
-
-
-def write_cache(
-    path: Path, n_tokens: int, window: int = 128, per_sample: int = 10, seed: int = 0, val: int = 0
-) -> Path:
-    """A cache whose mlp_in holds each token's own number, so that a batch can be told apart."""
-    manifest = Manifest(
-        d_model=WIDTH,
-        layers=tuple(range(LAYERS)),
-        precision="bf16",
-        step_divisor=0,
-        window=window,
-        seed=seed,
-        world_size=1,
-        source={"model": "fake"},
-    )
-    with CacheWriter(path, manifest, threads=1) as writer:
-        for split, total in (("train", n_tokens), ("val", val)):
-            for first in range(0, total, per_sample):
-                number = np.arange(first, min(first + per_sample, total))
-                columns = {
-                    "sample": np.full(len(number), first // per_sample),
-                    "position": number,
-                    "token_id": number,
-                    "kind": (number % 3 == 0).astype(np.uint8),
-                    "row": np.full(len(number), -1),
-                    "col": np.full(len(number), -1),
-                }
-                digits = np.stack(
-                    [number % 100, number // 100, number * 0 + 1, *[number * 0] * (WIDTH - 3)], axis=1
-                )
-                values = np.repeat(digits[:, None].astype(np.float32), LAYERS, axis=1)
-                line = {
-                    "sample": first // per_sample + (10**6 if split == "val" else 0),
-                    "id": f"{split}{first}",
-                }
-                writer.add(split, first, line, columns, {"mlp_in": values, "mlp_out": values + 1})
-        writer.finish()
-    return path
-
-
-def numbers(batch: Any) -> np.ndarray:
-    """The token numbers that the batch's own values spell, checked to agree in every layer and site."""
-    import torch
-
-    spelled = []
-    for layer in range(LAYERS):
-        for site, shift in (("mlp_in", 0), ("mlp_out", 1)):
-            values = batch.values(site, layer, torch.device("cpu"), torch.float32).numpy() - shift
-            spelled.append((values[:, 0] + 100 * values[:, 1]).astype(int))
-    assert all(np.array_equal(spelled[0], other) for other in spelled)
-    return spelled[0]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +39,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, int], Pat
     buffer=st.sampled_from([64, 128, 500, 10_000]),
     batch=st.integers(1, 900),
     threads=st.sampled_from([1, 3]),
+    ranks=st.integers(1, 4),
     chosen=st.sampled_from([Selection(), Selection(exclude=("image",))]),
 )
 def test_every_chosen_token_once_an_epoch(
@@ -99,17 +49,25 @@ def test_every_chosen_token_once_an_epoch(
     buffer: int,
     batch: int,
     threads: int,
+    ranks: int,
     chosen: Selection,
 ) -> None:
-    """Three epochs cut into batches of any size deliver each chosen token three times, each once an epoch."""
+    """Three epochs, in batches of any size and by any ranks: each chosen token thrice, each once an epoch."""
     expected = [n for n in range(n_tokens) if not ("image" in chosen.exclude and n % 3 == 0)]
     assume(expected)
-    source, epochs = Source([caches(n_tokens, window)], "train", selection=chosen), 3
-    with Reader(source, buffer_tokens=buffer, seed=5, threads=threads) as reader:
-        left, stream = epochs * len(expected), []
-        while left:
-            stream += numbers(reader.next(min(batch, left))).tolist()
-            left = epochs * len(expected) - len(stream)
+    epochs, source = 3, Source([caches(n_tokens, window)], "train", selection=chosen)
+    batch = max(batch, n_tokens // 40)  # not too many of them
+    stream: list[int] = []
+    with ExitStack() as stack:
+        readers = [
+            stack.enter_context(
+                Reader(source, buffer_tokens=buffer, seed=5, threads=threads, rank=rank, world_size=ranks)
+            )
+            for rank in range(ranks)
+        ]
+        while left := epochs * len(expected) - len(stream):
+            for reader in readers:
+                stream += numbers(reader.next(min(batch, left))).tolist()
     for epoch in range(epochs):
         part = stream[epoch * len(expected) : (epoch + 1) * len(expected)]
         assert sorted(part) == expected
@@ -124,7 +82,63 @@ def test_order_does_not_depend_on_threads_or_io(caches: Callable[[int, int], Pat
         ) as reader:
             return [n for _ in range(9) for n in numbers(reader.next(100)).tolist()]
 
-    assert stream(1, "mmap") == stream(8, "mmap") == stream(3, "pread")
+    assert stream(1, "mmap") == stream(16, "mmap") == stream(3, "pread") == stream(16, "pread")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 400), min_size=1, max_size=5),
+    ranks=st.integers(1, 5),
+    other=st.integers(1, 5),
+    io=st.sampled_from(["mmap", "pread"]),
+)
+def test_ranks_share_each_batch_and_any_world_resumes_any_other(
+    caches: Callable[[int, int], Path], sizes: list[int], ranks: int, other: int, io: str
+) -> None:
+    """Side by side, shares are the batch of one reader; they differ by a token at most; one state for all."""
+    source = Source([caches(777, 128)], "train", io=io)
+
+    def shares(
+        world: int, sizes: list[int], state: dict[str, Any] | None
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """By batch, the ranks' (token, numbers); the state that all ranks agree on."""
+        read, states = [], []
+        for rank in range(world):
+            with Reader(source, buffer_tokens=256, seed=1, threads=2, rank=rank, world_size=world) as reader:
+                if state:
+                    reader.restore(state)
+                batches = [reader.next(size) for size in sizes]
+                states.append(reader.state())
+            read.append([(batch.token.tolist(), numbers(batch).tolist()) for batch in batches])
+        assert states == states[:1] * world
+        return list(zip(*read, strict=True)), states[0]
+
+    def whole(parts: list[Any]) -> list[Any]:
+        return [[[*chain(*column)] for column in zip(*batch, strict=True)] for batch in parts]
+
+    alone, end = shares(1, sizes, None)
+    split, state = shares(ranks, sizes, None)
+    assert (whole(split), state) == (whole(alone), end)
+    for batch in split:
+        lengths = [len(token) for token, _ in batch]
+        assert max(lengths) - min(lengths) <= 1
+    after, _ = shares(other, [300, 77], state)
+    assert whole(after) == whole(shares(1, [*sizes, 300, 77], None)[0])[len(sizes) :]
+
+
+def test_a_rank_outside_the_world_is_refused(caches: Callable[[int, int], Path]) -> None:
+    with pytest.raises(ValueError, match=r"rank: expected 0 to 1 \(world size 2\), found 2"):
+        Reader(Source([caches(300, 128)], "train"), buffer_tokens=128, seed=0, rank=2, world_size=2)
+
+
+def test_sequential_order_is_the_order_on_disk(caches: Callable[[int, int], Path]) -> None:
+    source = Source([caches(300, 128)], "train")
+    with Reader(source, buffer_tokens=128, seed=0, order="sequential") as reader:
+        assert reader.next(450).token.tolist() == [*range(300), *range(150)]
+    with pytest.raises(
+        ValueError, match=r"order: expected one of .*'shuffled', 'sequential'.*, found 'random'"
+    ):
+        Reader(source, buffer_tokens=128, seed=0, order="random")
 
 
 @settings(max_examples=15, deadline=None)
@@ -143,20 +157,31 @@ def test_resuming_continues_the_stream(caches: Callable[[int, int], Path], befor
         assert [numbers(again.next(batch)).tolist() for _ in range(3)] == expected
 
 
-def test_state_of_another_cache_seed_or_buffer_is_refused(caches: Callable[[int, int], Path]) -> None:
-    with Reader(Source([caches(777, 128)], "train"), buffer_tokens=128, seed=1) as reader:
+def test_state_of_another_cache_seed_or_buffer_is_refused(
+    caches: Callable[[int, int], Path], tmp_path: Path
+) -> None:
+    """The message says what differs and what to do."""
+    both = write_cache(tmp_path / "c", 777, 128, val=300)
+    here = Source([both], "train")
+    with Reader(here, buffer_tokens=128, seed=1) as reader:
         state = reader.state()
-    for source, buffer, seed, name in [
-        (Source([caches(300, 128)], "train"), 128, 1, "fingerprint"),
-        (Source([caches(777, 128)], "train"), 256, 1, "buffer_tokens"),
-        (Source([caches(777, 128)], "train"), 128, 2, "seed"),
-        (Source([caches(777, 128)], "train", selection=Selection(exclude=("bos",))), 128, 1, "selection"),
+    for source, buffer, seed, name, way_out in [
+        (Source([caches(777, 128)], "train"), 128, 1, "fingerprint", "the same caches in the same order"),
+        (here, 256, 1, "buffer_tokens", "the same --buffer-tokens"),
+        (here, 128, 2, "seed", "the same --seed"),
+        (Source([both], "val"), 128, 1, "split", "the same split"),
+        (Source([both], "train", selection=Selection(exclude=("bos",))), 128, 1, "selection", "--exclude"),
     ]:
         with (
             Reader(source, buffer_tokens=buffer, seed=seed) as other,
-            pytest.raises(ValueError, match=f"was reading another {name}"),
+            pytest.raises(ValueError, match=f"was reading another {name}: .*, now .*{way_out}"),
         ):
             other.restore(state)
+    with (
+        Reader(here, buffer_tokens=128, seed=1, order="sequential") as other,
+        pytest.raises(ValueError, match="was reading another order"),
+    ):
+        other.restore(state)
 
 
 def test_several_caches_are_read_as_one(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from ..cache_format.permutation import Bijection, permutation
 
 Ints = npt.NDArray[np.int64]
 
+ORDERS = ("shuffled", "sequential")
+
 _TOKENS_KEY = 1
 """Keeps the permutation of a buffer's tokens apart from that of the epoch's chunks."""
 
@@ -25,6 +27,12 @@ class ReadOrder:
     buffer_tokens: int
     """At most; a buffer is whole chunks."""
     seed: int
+    name: str = "shuffled"
+    """Or "sequential", the order on disk, for comparison."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ORDERS:
+            raise ValueError(f"order: expected one of {ORDERS}, found {self.name!r}")
 
     @property
     def n_buffers(self) -> int:
@@ -34,10 +42,13 @@ class ReadOrder:
     def chunks(self, epoch: int, buffer: int) -> Ints:
         """Chunk numbers in one buffer of one epoch."""
         first, end = (i * self.n_chunks // self.n_buffers for i in (buffer, buffer + 1))
-        return Bijection(self.n_chunks, self.seed, epoch)(np.arange(first, end))
+        places = np.arange(first, end)
+        return places if self.name == "sequential" else Bijection(self.n_chunks, self.seed, epoch)(places)
 
     def shuffled(self, n_tokens: int, epoch: int, buffer: int) -> Ints:
         """Order in which the n_tokens chosen tokens of a buffer are delivered."""
+        if self.name == "sequential":
+            return np.arange(n_tokens)
         return permutation(n_tokens, self.seed, epoch, buffer, _TOKENS_KEY)
 
 

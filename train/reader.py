@@ -4,24 +4,36 @@
     batch = reader.next(4096)          # the next 4096 tokens of the endless stream of epochs
 
 Two buffers alternate: one is served while the other is decoded. The state is (epoch, buffer, offset).
-Memory: two buffers and one batch of stored numbers, and six bytes a token of the cache
-for kind, sink and sample.
+Memory: `Reader.memory_bytes`.
+
+With rank r of a world of n, a batch is its r-th part of n contiguous parts: side by side, the ranks' batches
+are the batch of one reader alone. The state is the same for every rank and any world. Every rank decodes
+every buffer: its part of one has tokens of nearly every chunk, for chunks are shuffled into each other.
 """
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..cache_format.layout import BLOCK, CHUNK, SITES
+from ..cache_format.layout import BLOCK, CHUNK
 from .order import Ints, ReadOrder
 from .source import Rows, Source, default_threads
+
+_SAME = {
+    "fingerprint": "give it the same caches in the same order, not harvested further since",
+    "split": "read the same split",
+    "selection": "give it the same --kinds and --exclude",
+    "seed": "give it the same --seed",
+    "buffer_tokens": "give it the same --buffer-tokens",
+    "order": "read in the same order",
+}
+"""What to do where a state does not fit."""
 
 
 class Batch(NamedTuple):
@@ -57,9 +69,21 @@ class _Buffer:
 class Reader:
     """An endless stream of the source's tokens, epoch after epoch."""
 
-    def __init__(self, source: Source, *, buffer_tokens: int, seed: int, threads: int | None = None) -> None:
-        self.source = source
-        self.order = ReadOrder(source.n_chunks, buffer_tokens, seed)
+    def __init__(
+        self,
+        source: Source,
+        *,
+        buffer_tokens: int,
+        seed: int,
+        threads: int | None = None,
+        order: str = "shuffled",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank: expected 0 to {world_size - 1} (world size {world_size}), found {rank}")
+        self.source, self.rank, self.world_size = source, rank, world_size
+        self.order = ReadOrder(source.n_chunks, buffer_tokens, seed, order)
         self.epoch = self.buffer = self.offset = 0
         self.waited = 0.0
         """Seconds that `next` waited for decoding."""
@@ -77,46 +101,61 @@ class Reader:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pool in (self._filler, self._pool, self._gather):
+        # decoders first: what the filler waits for is cancelled, so it ends after the tasks that are running
+        for pool in (self._pool, self._filler, self._gather):
             pool.shutdown(cancel_futures=True)
 
     def next(self, n_tokens: int) -> Batch:
-        """The next n_tokens tokens; they may come from two buffers, and from two epochs."""
-        parts: list[tuple[Rows, Ints]] = []
-        missing = n_tokens
-        while missing:
+        """This rank's share of the next n_tokens tokens; they may come from two buffers, and two epochs.
+
+        Raises DamagedCacheError with file, window, layer and site where a chunk does not decode.
+        """
+        first, end = (n_tokens * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        batch = Batch(self._room[0].room(end - first), np.empty(end - first, np.int64))
+        passed = 0
+        while passed < n_tokens:
             current = self._serve()
-            taken = slice(self.offset, min(self.offset + missing, len(current.place)))
-            if taken.stop > taken.start:
-                parts.append((current.rows.take(current.place[taken], self._gather), current.token[taken]))
-            missing -= taken.stop - taken.start
-            self.offset = taken.stop
+            stop = min(self.offset + n_tokens - passed, len(current.place))
+            # a token's place in the buffer is its place in the share plus this
+            shift = self.offset - passed + first
+            mine = slice(max(self.offset, shift), min(stop, shift + end - first))
+            if mine.stop > mine.start:
+                at = mine.start - shift
+                current.rows.copy(current.place[mine], batch.rows, at, self._gather)
+                batch.token[at : mine.stop - shift] = current.token[mine]
+            passed, self.offset = passed + stop - self.offset, stop
             if self.offset == len(current.place):
                 self._advance()
-        return _join(parts)
+        return batch
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands; `restore` refuses another cache, selection, seed or buffer size."""
+        """Where the stream stands, for any rank of any world; what `restore` compares comes first."""
         return {**self._identity(), "epoch": self.epoch, "buffer": self.buffer, "offset": self.offset}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `state` was taken; the current buffer is decoded again."""
+        """Go on exactly where `state` was taken; the current buffer is decoded again.
+
+        Raises ValueError where it was taken from another cache, split, selection, seed, order or buffer size.
+        """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
                 raise ValueError(
-                    f"the checkpoint was reading another {name}: {state.get(name)!r}, now {mine!r}"
+                    f"the checkpoint was reading another {name}: {state.get(name)!r}, now {mine!r}; "
+                    f"{_SAME[name]}, or begin another run"
                 )
         if self._ahead is not None:
-            self._ahead.result()
+            wait([self._ahead])  # it may have failed; nothing may write into its room any more
         self._ahead = self._current = None
         self.epoch, self.buffer, self.offset = (int(state[name]) for name in ("epoch", "buffer", "offset"))
 
     def _identity(self) -> dict[str, Any]:
         return {
             "fingerprint": self.source.fingerprint,
+            "split": self.source.split,
             "selection": [list(part) for part in self.source.selection],
             "seed": self.order.seed,
             "buffer_tokens": self.order.buffer_tokens,
+            "order": self.order.name,
         }
 
     def _serve(self) -> _Buffer:
@@ -151,17 +190,3 @@ def read_in_order(source: Source, n_tokens: int) -> "list[Ints]":
     """Chunk numbers, in groups of about n_tokens tokens, for one pass in the order on disk."""
     size = max(1, n_tokens // CHUNK)
     return [np.arange(i, min(i + size, source.n_chunks)) for i in range(0, source.n_chunks, size)]
-
-
-def _join(parts: list[tuple[Rows, Ints]]) -> Batch:
-    if len(parts) == 1:
-        return Batch(*parts[0])
-
-    def joined(arrays: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        return np.concatenate(arrays, axis=1)
-
-    rows = Rows(
-        {site: joined([part.codes[site] for part, _ in parts]) for site in SITES},
-        {site: joined([part.scales[site] for part, _ in parts]) for site in SITES},
-    )
-    return Batch(rows, np.concatenate([token for _, token in parts]))

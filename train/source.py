@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,22 +43,31 @@ class Rows(NamedTuple):
     scales: dict[str, npt.NDArray[np.float16]]
     """by site: (layer, token, block); without meaning for bf16"""
 
+    def room(self, n_tokens: int) -> "Rows":
+        """Uninitialised rows for n_tokens other tokens of the same layers and widths."""
+
+        def like(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return np.empty((array.shape[0], n_tokens, array.shape[2]), array.dtype)
+
+        return Rows(*({site: like(array) for site, array in part.items()} for part in self))
+
+    def copy(self, places: Ints, out: "Rows", start: int, pool: Executor) -> None:
+        """Copy the tokens at `places` to `out`, side by side from `start`; a task for each site and layer."""
+        pairs = [(part[site], to[site]) for part, to in zip(self, out, strict=True) for site in SITES]
+        tasks = [(array[layer], to[layer]) for array, to in pairs for layer in range(len(array))]
+
+        def gather(task: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> None:
+            array, to = task
+            # places are in range; mode "raise" would copy everything once more
+            np.take(array, places, axis=0, out=to[start : start + len(places)], mode="clip")
+
+        list(pool.map(gather, tasks))
+
     def take(self, places: Ints, pool: Executor) -> "Rows":
-        """Copies of the tokens at `places`, gathered by the pool."""
-
-        def gather(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            out = np.empty((array.shape[0], len(places), array.shape[2]), array.dtype)
-            list(
-                pool.map(
-                    lambda layer: np.take(array[layer], places, axis=0, out=out[layer]), range(len(array))
-                )
-            )
-            return out
-
-        return Rows(
-            {site: gather(codes) for site, codes in self.codes.items()},
-            {site: gather(scales) for site, scales in self.scales.items()},
-        )
+        """Copies of the tokens at `places`."""
+        out = self.room(len(places))
+        self.copy(places, out, 0, pool)
+        return out
 
 
 class Source:
@@ -158,7 +167,8 @@ class Source:
                 if self.manifest.precision == "int8":
                     split.decode_scale(site, index, window, slot, rows.scales[site][place, part])
 
-        list(pool.map(fill_layer, [(site, place) for site in SITES for place in range(len(self.layers))]))
+        layers = range(len(self.layers))
+        _finish([pool.submit(fill_layer, (site, place)) for site in SITES for place in layers])
 
     def statistics(self, site: str, selection: Selection | None = None) -> Statistics:
         """Moments of one site over the tokens that count, of the layers in use."""
@@ -199,6 +209,15 @@ class Source:
             columns.append(column + np.int32(offset))
             offset += int(column.max(initial=-1)) + 1
         return np.concatenate(columns)
+
+
+def _finish(tasks: list[Future[None]]) -> None:
+    """Wait for all tasks; where one fails the rest is cancelled, and none runs on when this raises."""
+    try:
+        for task in tasks:
+            task.result()
+    finally:
+        wait([task for task in tasks if not task.cancel()])  # those that run, or did
 
 
 def has_variance(part: Statistics, whole: Statistics) -> bool:
