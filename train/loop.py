@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -16,10 +16,11 @@ from ..progress import Progress
 from ..stopping import StopRequested
 from .checkpoint import TrainerState, checkpoint_folder, restore_training, save_checkpoint
 from .config import DEAD_AFTER_TOKENS, DEFAULT_WARMUP_STEPS, TrainConfig, config_from_json, default_lr
-from .metrics import DeadLatents, FiringCounts, KindVariance, MetricsFile, step_metrics
+from .metrics import DeadLatents, FiringCounts
 from .optimizer import LayerwiseAdam, learning_rate
 from .order import predicted_partners
 from .reader import Batch, Reader
+from .run_log import RunLog
 from .source import Selection, Source
 from .step import train_step
 from .transcoder import CrossLayerTranscoder, new_transcoder
@@ -62,8 +63,10 @@ class _Run:
         )
         self.dead = DeadLatents(model, self.plan.dead_after)
         self.firing = FiringCounts(model, self.plan.dead_after)
-        self.variance = KindVariance(source, model)
         self.step = self.tokens = 0
+        self.lr = self.plan.lr
+        self.log: RunLog
+        """Opened once it is clear which lines of a resumed run stay"""
 
     def restore(self, folder: Path) -> None:
         state = restore_training(folder, self.model, self.optimizer)
@@ -71,7 +74,12 @@ class _Run:
         self.firing.restore(state.firing)
         self.reader.restore(state.reader)
 
+    def write_line(self) -> None:
+        self.log.write(self.step, self.tokens, self.lr, self.config.transcoder.k, self.dead)
+
     def save(self) -> Path:
+        """A checkpoint, and a line of metrics.jsonl before it, so that no line is about both sides of it."""
+        self.write_line()
         state = TrainerState(
             self.step, self.tokens, self.reader.state(), self.dead.since, self.firing.state()
         )
@@ -94,7 +102,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
             f"warning: sinks (massive activations) hold {share:.0%} of the variance of a layer; FVU will "
             "hardly see the other tokens there. --exclude bos,sink leaves them out"
         )
-    with run.reader:
+    with run.reader, RunLog(config, source, model, run.step) as run.log:
         fvu = _loop(run) if run.step < run.plan.steps else None
     return TrainReport(config.run, run.step, run.tokens, fvu)
 
@@ -102,19 +110,18 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
 def _loop(run: _Run) -> float:
     """Step until the plan is fulfilled or a signal asks to stop; saves in both cases. The last step's FVU."""
     config, plan, fvu = run.config, run.plan, math.nan
-    metrics = MetricsFile(config.run / "metrics.jsonl", run.step)
     with Progress("train", total=plan.tokens, unit="tok", done=run.tokens) as progress:
         try:
             while run.step < plan.steps:
-                fvu = _one_step(run, metrics, progress)
+                fvu = _one_step(run, progress)
+                if run.step % config.log_every == 0:
+                    run.write_line()
                 if run.step % config.save_every == 0 and run.step < plan.steps:
                     run.save()
                 StopRequested.check()
         except StopRequested:
             _say(f"stopped; {run.save()} is saved, go on with --resume")
             raise
-        finally:
-            metrics.close()
     run.save()
     return fvu
 
@@ -143,13 +150,13 @@ def plan(config: TrainConfig, source: Source, n_latents: int) -> Plan:
     return Plan(steps, tokens, config.lr or default_lr(n_latents), warmup, dead_after)
 
 
-def _one_step(run: _Run, metrics: MetricsFile, progress: Progress) -> float:
+def _one_step(run: _Run, progress: Progress) -> float:
     """Read, step, log; the step's mean FVU."""
     config, plan = run.config, run.plan
     began, waited = time.monotonic(), run.reader.waited
     batches = _read(run)
-    lr = learning_rate(run.step, plan.lr, plan.warmup, plan.steps, config.lr_schedule)
-    run.optimizer.begin(lr)
+    run.lr = learning_rate(run.step, plan.lr, plan.warmup, plan.steps, config.lr_schedule)
+    run.optimizer.begin(run.lr)
     result = train_step(run.model, batches, run.optimizer.apply, config.fvu_variance)
     if not torch.isfinite(result.loss):
         layers = [str(run.source.layers[i]) for i in torch.nonzero(~torch.isfinite(result.fvu)).flatten()]
@@ -163,19 +170,8 @@ def _one_step(run: _Run, metrics: MetricsFile, progress: Progress) -> float:
     run.firing.update(result.fired, tokens)
     seconds = time.monotonic() - began
     fvu = float(result.fvu.mean())
-    if run.step % config.log_every == 0 or run.step == plan.steps:
-        numbers: dict[str, Any] = {
-            "step": run.step,
-            "tokens": run.tokens,
-            **step_metrics(result, run.source.layers, batches, run.variance),
-            **{f"dead/{n}": s for n, s in zip(run.source.layers, run.dead.share(), strict=True)},
-            "lr": lr,
-            "k": config.transcoder.k,
-            "grad_norm": run.optimizer.square_norm**0.5,
-            "tokens_per_s": tokens / seconds,
-            "stall": (run.reader.waited - waited) / seconds,
-        }
-        metrics.write(numbers)
+    norm = run.optimizer.square_norm**0.5
+    run.log.add(result, batches, grad_norm=norm, seconds=seconds, waited=run.reader.waited - waited)
     progress.add(tokens, f"FVU {fvu:.3f}")
     return fvu
 

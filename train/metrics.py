@@ -1,15 +1,16 @@
 """What is logged: names are the same in metrics.jsonl and everywhere else."""
 
 import json
+import math
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..cache_format.layout import KINDS
+from .curves import Curves, Doubles
 from .order import measured_partners
 from .reader import Batch
 from .source import Selection, Source, has_variance
@@ -30,15 +31,13 @@ class KindVariance:
             if has_variance(own, whole):
                 self._variance[kind] = own.variance / scale**2
 
-    def fvu(self, square_error: Tensor, kind_of: np.ndarray[Any, np.dtype[np.uint8]]) -> dict[str, float]:
-        """Mean over layers, by kind, of squared error (layer, token) over variance."""
-        found = {}
-        for kind, variance in self._variance.items():
-            mine = torch.from_numpy(kind_of == KINDS.index(kind)).to(square_error.device)
-            if mine.any():
-                mean = square_error[:, mine].double().mean(dim=1).cpu().numpy()
-                found[kind] = float((mean / variance).mean())
-        return found
+    @property
+    def kinds(self) -> list[str]:
+        return list(self._variance)
+
+    def fvu(self, kind: str, mean_error: Doubles) -> float:
+        """Mean over layers of a kind's mean squared error (layer,) over its variance."""
+        return float((mean_error / self._variance[kind]).mean())
 
 
 class DeadLatents:
@@ -96,39 +95,92 @@ class FiringCounts:
         self._fired, self._tokens = state["fired"], state["fired_tokens"]
 
 
-def step_metrics(
-    result: StepResult, layers: tuple[int, ...], batches: list[Batch], variance: KindVariance
-) -> dict[str, float]:
-    """Numbers of one optimiser step."""
-    token = np.concatenate([batch.token for batch in batches])
-    by_kind = variance.fvu(result.square_error, variance.source.kind[token])
-    sample = variance.source.sample
-    return {
-        "loss": float(result.loss),
-        "fvu": float(result.fvu.mean()),
-        **{f"fvu/{layer}": float(v) for layer, v in zip(layers, result.fvu, strict=True)},
-        **{f"fvu_kind/{kind}": value for kind, value in by_kind.items()},
-        **{f"l0/{layer}": float(v) for layer, v in zip(layers, result.l0, strict=True)},
-        "shuffle_m": float(np.mean([measured_partners(sample[batch.token]) for batch in batches])),
-    }
+class StepAverages:
+    """Numbers of the steps since the last line of metrics.jsonl: nothing is dropped with `--log-every`."""
+
+    def __init__(self, layers: tuple[int, ...], variance: KindVariance) -> None:
+        self._layers, self._variance = layers, variance
+        self._reset()
+
+    def _reset(self) -> None:
+        self._tokens = self._steps = 0
+        self._loss = self._grad_norm = self._partners = self._seconds = self._waited = 0.0
+        self._fvu, self._l0 = np.zeros(len(self._layers)), np.zeros(len(self._layers))
+        self._error = {kind: np.zeros(len(self._layers)) for kind in self._variance.kinds}
+        self._count = dict.fromkeys(self._variance.kinds, 0)
+
+    @property
+    def empty(self) -> bool:
+        return self._steps == 0
+
+    def add(
+        self, result: StepResult, batches: list[Batch], *, grad_norm: float, seconds: float, waited: float
+    ) -> None:
+        """One optimiser step, which took `seconds` and waited for its tokens for `waited` of them."""
+        tokens = sum(len(batch) for batch in batches)
+        self._steps, self._tokens = self._steps + 1, self._tokens + tokens
+        self._loss += tokens * float(result.loss)
+        self._fvu += tokens * _doubles(result.fvu)
+        self._l0 += tokens * _doubles(result.l0)
+        self._grad_norm += grad_norm
+        self._seconds, self._waited = self._seconds + seconds, self._waited + waited
+        source = self._variance.source
+        self._partners += float(np.mean([measured_partners(source.sample[b.token]) for b in batches]))
+        kind_of = source.kind[np.concatenate([batch.token for batch in batches])]
+        for kind in self._variance.kinds:
+            mine = torch.from_numpy(kind_of == KINDS.index(kind)).to(result.square_error.device)
+            self._error[kind] += _doubles(result.square_error[:, mine].double().sum(dim=1))
+            self._count[kind] += int(mine.sum())
+
+    def take(self) -> dict[str, float]:
+        """The averages by name, and begin anew."""
+        tokens, steps, fvu, l0 = self._tokens, self._steps, self._fvu / self._tokens, self._l0 / self._tokens
+        seen = [kind for kind, count in self._count.items() if count]
+        numbers = {
+            "loss": self._loss / tokens,
+            "fvu": float(fvu.mean()),
+            **{f"fvu/{layer}": float(v) for layer, v in zip(self._layers, fvu, strict=True)},
+            **{f"fvu_kind/{k}": self._variance.fvu(k, self._error[k] / self._count[k]) for k in seen},
+            **{f"l0/{layer}": float(v) for layer, v in zip(self._layers, l0, strict=True)},
+            "grad_norm": self._grad_norm / steps,
+            "shuffle_m": self._partners / steps,
+            "tokens_per_s": tokens / self._seconds,
+            "stall": self._waited / self._seconds,
+        }
+        self._reset()
+        return numbers
 
 
 class MetricsFile:
-    """metrics.jsonl: one line a logged step; on resume, lines after the checkpoint go."""
+    """metrics.jsonl: one line a logged step; on resume, lines after the checkpoint go.
+
+    JSON has no NaN: a number that is not finite is written as null.
+    """
 
     def __init__(self, path: Path, last_step: int) -> None:
-        kept = []
-        if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+        self.curves = Curves()
+        """Of all lines."""
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept))
+        path.touch()
+        with open(path) as old, open(partial, "w") as new:
+            for text in old:
+                line = json.loads(text) if text.endswith("\n") else None
+                if line is not None and line["step"] <= last_step:
+                    new.write(text)
+                    self.curves.add(line)
         os.replace(partial, path)
         self._file = open(path, "a")  # noqa: SIM115 - open as long as the run
 
     def write(self, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
+        line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
+        self.curves.add(line)
 
     def close(self) -> None:
         self._file.close()
+
+
+def _doubles(values: Tensor) -> Doubles:
+    found: Doubles = values.double().cpu().numpy()
+    return found

@@ -1,0 +1,54 @@
+"""What a run says of itself while it trains: metrics.jsonl, the same to W&B, and report.html."""
+
+from types import TracebackType
+
+from .config import TrainConfig
+from .metrics import DeadLatents, KindVariance, MetricsFile, StepAverages
+from .reader import Batch
+from .source import Source
+from .step import StepResult
+from .transcoder import CrossLayerTranscoder
+
+
+class RunLog:
+    """A line is written every `log_every` steps and at each checkpoint, and covers the steps since the last.
+
+    So no line holds steps of both sides of a checkpoint, and a run that is resumed from it writes the lines
+    that it would have written without the interruption.
+    """
+
+    def __init__(
+        self, config: TrainConfig, source: Source, model: CrossLayerTranscoder, last_step: int
+    ) -> None:
+        self._config, self._layers = config, source.layers
+        self._averages = StepAverages(source.layers, KindVariance(source, model))
+        self._file = MetricsFile(config.run / "metrics.jsonl", last_step)
+        self.curves = self._file.curves
+
+    def add(
+        self, result: StepResult, batches: list[Batch], *, grad_norm: float, seconds: float, waited: float
+    ) -> None:
+        """One optimiser step; see `StepAverages`."""
+        self._averages.add(result, batches, grad_norm=grad_norm, seconds=seconds, waited=waited)
+
+    def write(self, step: int, tokens: int, lr: float, k: float, dead: DeadLatents) -> None:
+        """A line, unless there was no step since the last one. lr, k and dead are those of the last step."""
+        if self._averages.empty:
+            return
+        line = {
+            "step": step,
+            "tokens": tokens,
+            **self._averages.take(),
+            **{f"dead/{n}": share for n, share in zip(self._layers, dead.share(), strict=True)},
+            "lr": lr,
+            "k": k,
+        }
+        self._file.write(line)
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
