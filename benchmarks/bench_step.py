@@ -1,0 +1,145 @@
+"""One training step against two other ways to take it, on one machine, in one run.
+
+    python benchmarks/bench_step.py [--widths 576,4096] [--tokens 2048] [--repeats 3]
+
+Each way reads the same batch of int8 codes, computes the same loss and gradients (checked before anything is
+timed), and ends with the same fused Adam. Repetitions alternate, so that a busy machine slows all alike.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rival_steps import Leaves, dense_step, eleuther_step
+from torch import Tensor
+
+from clt.cache_format.layout import BLOCK, SITES
+from clt.train.optimizer import LayerwiseAdam
+from clt.train.reader import Batch
+from clt.train.source import Rows
+from clt.train.step import train_step
+from clt.train.transcoder import CrossLayerTranscoder, Shape, Standardiser
+
+SHAPES = {
+    576: Shape(tuple(range(8)), d_model=576, n_latents=1152, k=32, n_targets=8),  # SmolLM2's width
+    4096: Shape(tuple(range(4)), d_model=4096, n_latents=8192, k=32, n_targets=4),  # LLaVA-1.5's
+}
+TOLERANCE = 1e-3
+"""Largest relative difference, in norm, of any gradient between two ways, in float32."""
+
+
+class Way(NamedTuple):
+    name: str
+    step: Callable[[], Tensor]
+    """One forward and backward pass; the loss."""
+    update: Callable[[], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--widths", default=",".join(map(str, SHAPES)))
+    parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch")
+    parser.add_argument("--repeats", type=int, default=3)
+    asked = parser.parse_args()
+    for width in map(int, asked.widths.split(",")):
+        compare(SHAPES[width], asked.tokens, asked.repeats)
+
+
+def compare(shape: Shape, n_tokens: int, repeats: int) -> None:
+    """Print the table for one shape."""
+    print(
+        f"\nd_model {shape.d_model}, {shape.n_latents} latents, k {shape.k}, {shape.n_layers} layers, ",
+        end="",
+    )
+    print(f"{shape.n_pairs} decoders, {n_tokens} tokens; {torch.get_num_threads()} threads, float32")
+    model, batch = make_model(shape), make_batch(shape, n_tokens)
+    leaves, adam = Leaves(model), LayerwiseAdam(model)
+    check_gradients(model, leaves, batch)
+    adam.begin(1e-4)
+    ways = [
+        Way("ours", lambda: train_step(model, [batch], adam.apply).loss, lambda: None),
+        Way("dense autograd", lambda: dense_step(leaves, batch), leaves.update),
+        Way("EleutherAI's formulation", lambda: eleuther_step(leaves, batch), leaves.update),
+    ]
+    seconds = alternate(ways, repeats)
+    ours = seconds["ours"]
+    print(
+        "\n| step and optimiser | median s | spread | tokens/s | ours is faster by |\n|---|---|---|---|---|"
+    )
+    for name, times in seconds.items():
+        middle = statistics.median(times)
+        ratios = [theirs / mine for theirs, mine in zip(times, ours, strict=True)]
+        print(
+            f"| {name} | {middle:.3f} | {min(times):.3f}-{max(times):.3f} | {n_tokens / middle:.0f} | "
+            f"{statistics.median(ratios):.1f}x |",
+            flush=True,
+        )
+
+
+def alternate(ways: list[Way], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repetition, by name; the ways take turns, after one step each that does not count."""
+    seconds: dict[str, list[float]] = {way.name: [] for way in ways}
+    for number in range(repeats + 1):
+        for way in ways:
+            began = time.perf_counter()
+            way.step()
+            way.update()
+            if number:
+                seconds[way.name].append(time.perf_counter() - began)
+    return seconds
+
+
+def check_gradients(model: CrossLayerTranscoder, leaves: Leaves, batch: Batch) -> None:
+    """All ways give the same loss and the same gradients."""
+    mine: dict[tuple[str, int], Tensor] = {}
+
+    def keep(side: str, layer: int, grads: dict[str, Tensor]) -> None:
+        mine.update({(name, layer): grad.clone() for name, grad in grads.items()})
+
+    loss = train_step(model, [batch], keep).loss
+    names = [(name, s) for name in ("W_enc", "b_enc", "W_dec", "b_dec") for s in range(model.shape.n_layers)]
+    for step in (dense_step, eleuther_step):
+        theirs = step(leaves, batch)
+        worst = max(
+            float((mine[name] - grad).norm() / grad.norm())
+            for name, grad in zip(names, leaves.gradients(), strict=True)
+        )
+        leaves.adam.zero_grad(set_to_none=True)
+        difference = abs(float(loss / theirs) - 1)
+        print(f"against {step.__name__}: loss differs by {difference:.0e}, gradients by at most {worst:.0e}")
+        if difference > TOLERANCE or worst > TOLERANCE:
+            raise SystemExit(f"{step.__name__} computes something else")
+
+
+def make_model(shape: Shape) -> CrossLayerTranscoder:
+    """Random decoders too, or no gradient would reach the encoders."""
+    torch.manual_seed(0)
+    sites = [
+        Standardiser(torch.zeros(shape.n_layers, shape.d_model), torch.ones(shape.n_layers)) for _ in SITES
+    ]
+    model = CrossLayerTranscoder(shape, *sites)
+    with torch.no_grad():
+        for weight in model.W_dec:
+            weight.uniform_(-0.01, 0.01)
+    return model
+
+
+def make_batch(shape: Shape, n_tokens: int) -> Batch:
+    """Random int8 codes as the default cache holds them; values of about standard deviation 1."""
+    rng = np.random.default_rng(0)
+    size = (shape.n_layers, n_tokens, shape.d_model)
+    blocks = (*size[:2], -(-shape.d_model // BLOCK))
+    codes = {site: rng.normal(0, 8, size).round().astype(np.int8) for site in SITES}
+    return Batch(
+        Rows(codes, {site: np.full(blocks, 1 / 8, np.float16) for site in SITES}), np.arange(n_tokens)
+    )
+
+
+if __name__ == "__main__":
+    main()
