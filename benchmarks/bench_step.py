@@ -8,10 +8,8 @@ timed), and ends with the same fused Adam. Repetitions alternate, so that a busy
 
 import argparse
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +26,7 @@ from clt.train.transcoder import CrossLayerTranscoder, Shape, Standardiser
 
 SHAPES = {
     576: Shape(tuple(range(8)), d_model=576, n_latents=1152, k=32, n_targets=8),  # SmolLM2's width
-    4096: Shape(tuple(range(4)), d_model=4096, n_latents=8192, k=32, n_targets=4),  # LLaVA-1.5's
+    4096: Shape(tuple(range(3)), d_model=4096, n_latents=8192, k=32, n_targets=3),  # LLaVA-1.5's
 }
 TOLERANCE = 1e-3
 """Largest relative difference, in norm, of any gradient between two ways, in float32."""
@@ -83,15 +81,14 @@ def compare(shape: Shape, n_tokens: int, repeats: int) -> None:
 
 
 def alternate(ways: list[Way], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repetition, by name; the ways take turns, after one step each that does not count."""
+    """Seconds of each repetition, by name; the ways take turns (each has taken one step before)."""
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
-    for number in range(repeats + 1):
+    for _ in range(repeats):
         for way in ways:
             began = time.perf_counter()
             way.step()
             way.update()
-            if number:
-                seconds[way.name].append(time.perf_counter() - began)
+            seconds[way.name].append(time.perf_counter() - began)
     return seconds
 
 

@@ -1,5 +1,7 @@
 """The transcoder against loops, in model units."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -86,10 +88,15 @@ def test_sparse_products_equal_dense_ones(places: np.ndarray, seed: int) -> None
     codes, dense = Codes.at(where, values), values * where
     torch.testing.assert_close(codes.dense(), dense)
     torch.testing.assert_close(codes.decode(weight), dense @ weight)
-    torch.testing.assert_close(codes.weight_grad(grad), dense.T @ grad)
+    torch.testing.assert_close(codes.decode(weight, grad.clone()), grad + dense @ weight)
+    for add, start in ((False, math.nan), (True, 2.0)):
+        room = torch.full_like(weight, start)
+        assert codes.weight_grad(grad, room, add=add) is room
+        torch.testing.assert_close(room, dense.T @ grad + add * 2.0)
     code_grad = codes.code_grad(grad, weight)
     full = (grad @ weight.T) * where
     torch.testing.assert_close(code_grad, full[where])
+    torch.testing.assert_close(codes.code_grad(grad, weight, code_grad.clone()), 2 * full[where])
     weight_grad, bias_grad = codes.encoder_grad(code_grad, inputs)
     torch.testing.assert_close(weight_grad, full.T @ inputs)
     torch.testing.assert_close(bias_grad, full.sum(dim=0))

@@ -51,24 +51,27 @@ class Codes:
         out = self.values.new_zeros(self.n_tokens, self.n_latents)
         return out.index_put_((self.tokens, self.columns), self.values)
 
-    def decode(self, weight: Tensor) -> Tensor:
-        """A @ weight: (latent, d) -> (token, d)."""
-        return torch.matmul(self._matrix, weight)
+    def decode(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """A @ weight: (latent, d) -> (token, d); added to `out` where that is given."""
+        return _product(self._matrix, weight, out, add=True)
 
-    def weight_grad(self, grad: Tensor) -> Tensor:
-        """A^T @ grad: (token, d) -> (latent, d)."""
-        return self._transposed(self.values) @ grad
+    def weight_grad(self, grad: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
+        """A^T @ grad: (token, d) -> (latent, d), written to `out`, or added to it."""
+        return _product(self._transposed_matrix, grad, out, add)
 
-    def code_grad(self, grad: Tensor, weight: Tensor) -> Tensor:
-        """For each code, its latent's row of weight times its token's row of grad: (code,)."""
-        places = _csr(self.starts, self.columns, torch.zeros_like(self.values), self._size)
-        products = torch.sparse.sampled_addmm(places, grad, weight.T)
-        found: Tensor = products.values()
-        return found
+    def code_grad(self, grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """For each code, its latent's row of weight times its token's row of grad; added to `out`. (code,)"""
+        out = torch.zeros_like(self.values) if out is None else out
+        places = _csr(self.starts, self.columns, out, self._size)  # shares the memory of `out`
+        torch.sparse.sampled_addmm(places, grad, weight.T, out=places)
+        return out
 
-    def encoder_grad(self, pre_grad: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def encoder_grad(
+        self, pre_grad: Tensor, inputs: Tensor, out: Tensor | None = None, *, add: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Encoder weight (latent, d) and bias (latent,) gradients, from that of pre-activations (code,)."""
-        return self._transposed(pre_grad) @ inputs, self.by_latent(pre_grad)
+        weight = _product(self._transposed(pre_grad), inputs, out, add)
+        return weight, self.by_latent(pre_grad)
 
     def by_latent(self, values: Tensor) -> Tensor:
         """Sum over the codes of each latent: (code,) -> (latent,)."""
@@ -90,18 +93,29 @@ class Codes:
 
     @cached_property
     def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The transpose's row starts and columns, and the order that sorts codes by latent."""
+        """The transpose's row starts and columns, and the order that sorts codes by latent; all int32."""
         order = torch.argsort(self.columns, stable=True)
         counts = torch.bincount(self.columns, minlength=self.n_latents)
         starts = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=order.device)
         starts[1:] = counts.cumsum(0)
-        return starts, self.tokens[order].int(), order
+        return starts, self.tokens[order].int(), order.int()
+
+    @cached_property
+    def _transposed_matrix(self) -> Tensor:
+        return self._transposed(self.values)
 
     def _transposed(self, values: Tensor) -> Tensor:
         starts, columns, order = self._by_latent
-        return _csr(starts, columns, values[order], self._size[::-1])
+        return _csr(starts, columns, values.index_select(0, order), self._size[::-1])
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:
     matrix: Tensor = torch.sparse_csr_tensor(starts, columns, values, size, check_invariants=False)
     return matrix
+
+
+def _product(matrix: Tensor, dense: Tensor, out: Tensor | None, add: bool) -> Tensor:
+    """matrix @ dense, written to `out` or added to it; on a CPU new pages cost more than the product."""
+    if out is None:
+        out, add = dense.new_empty(matrix.shape[0], dense.shape[1]), False
+    return torch.addmm(out, matrix, dense, beta=float(add), out=out)
