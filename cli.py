@@ -104,8 +104,12 @@ def info(cache: Annotated[Path, typer.Argument(help="folder of a cache")], as_js
     """What a cache holds: tokens by split and kind, bytes, bits a value, noise by layer."""
     from .cache_format import open_cache
     from .cache_format.summary import render_summary, summarise_cache
+    from .progress import Progress
 
-    summary = summarise_cache(open_cache(cache))
+    opened = open_cache(cache, check=False)
+    with Progress("look at files", total=opened.n_files, unit="files", leave=False) as progress:
+        opened.check_files(progress.add)
+    summary = summarise_cache(opened)
     _answer(as_json, summary, render_summary(summary, str(cache)))
 
 
@@ -116,13 +120,12 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check a cache: existence, sizes and indexes of all files; --full: every checksum. Exit 1 on a fault."""
-    from .cache_format.reader import read_manifest
-    from .cache_format.verify import n_files, verify_cache
+    from .cache_format import open_cache, verify_cache
     from .progress import Progress
 
-    read_manifest(cache)  # a folder that is no cache is a wrong argument, not a fault
-    with Progress("verify", total=n_files(str(cache)), unit="files") as progress:
-        faults = verify_cache(str(cache), full, progress.add)
+    opened = open_cache(cache, check=False)  # a folder that is no cache is a wrong argument, not a fault
+    with Progress("verify", total=opened.n_files, unit="files") as progress:
+        faults = verify_cache(opened, full, progress.add)
     text = (
         "\n".join(faults)
         if faults

@@ -10,14 +10,23 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts units of work on stderr; `total` may be unknown."""
+    """Counts units of work on stderr; `total` may be unknown. leave=False: no trace is left at the end."""
 
-    def __init__(self, name: str, *, total: int | None, unit: str, done: int = 0) -> None:
+    def __init__(self, name: str, *, total: int | None, unit: str, done: int = 0, leave: bool = True) -> None:
         self._name, self._total, self._unit = name, total, unit
+        self._leave = leave
         self._done = self._started_at = done
         self._began = self._last_line = time.monotonic()
         self._bar = (
-            tqdm(total=total, initial=done, desc=name, unit=unit, unit_scale=True, dynamic_ncols=True)
+            tqdm(
+                total=total,
+                initial=done,
+                desc=name,
+                unit=unit,
+                unit_scale=True,
+                dynamic_ncols=True,
+                leave=leave,
+            )
             if sys.stderr.isatty()
             else None
         )
@@ -30,7 +39,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._done > self._started_at:
+        elif self._leave and self._done > self._started_at:
             self._line("")
 
     @property

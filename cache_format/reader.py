@@ -4,7 +4,7 @@
 reads no activations. A split's tokens are counted 0..len-1 in the order on disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -56,6 +56,29 @@ class Cache:
         if split not in layout.SPLITS:
             raise CacheError(f"expected one of the splits {layout.SPLITS}, found {split!r}")
         return self._splits[split]
+
+    @property
+    def windows(self) -> list[WindowEntry]:
+        """Every committed window, writer by writer."""
+        return [entry for journal in self.journals for entry in journal.windows]
+
+    @property
+    def n_files(self) -> int:
+        """Committed files."""
+        return sum(len(entry.files) for entry in self.windows)
+
+    def check_files(self, progress: Callable[[int], None] = lambda n: None) -> None:
+        """DamagedCacheError where files are missing or have another size than the journal says (all listed).
+
+        progress is told how many more files were looked at.
+        """
+        faults = missing_files(self.path, self.windows, progress)
+        if faults:
+            more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
+            raise DamagedCacheError(
+                f"{self.path}: {len(faults)} faulty files: {'; '.join(faults[:MAX_LISTED])}{more}. "
+                "Copy them again, or harvest again"
+            )
 
     @property
     def complete(self) -> bool:
@@ -234,11 +257,5 @@ def open_cache(path: str | Path, *, io: str = "mmap", check: bool = True) -> Cac
         check_windows(journal, rank, manifest)
     cache = Cache(folder, manifest, journals, io)
     if check:
-        faults = missing_files(folder, journals)
-        if faults:
-            more = f" and {len(faults) - MAX_LISTED} more" if len(faults) > MAX_LISTED else ""
-            raise DamagedCacheError(
-                f"{folder}: {len(faults)} faulty files: {'; '.join(faults[:MAX_LISTED])}{more}. "
-                "Copy them again, or harvest again"
-            )
+        cache.check_files()
     return cache

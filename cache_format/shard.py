@@ -31,6 +31,23 @@ def build_shard(chunks: Sequence[bytes], slots: int) -> bytes:
     return b"".join([*chunks, footer, crc32c(footer).to_bytes(4, "little")])
 
 
+def index_bytes(slots: int) -> int:
+    """Length of the index at the end of a shard."""
+    return 16 * slots + 4
+
+
+def parse_index(stored: bytes, body: int) -> npt.NDArray[np.uint64]:
+    """(slot, 2): offset and size of each chunk in the `body` bytes before the index; 0, 0 where absent."""
+    if crc32c(stored[:-4]) != int.from_bytes(stored[-4:], "little"):
+        raise DamagedCacheError("the index's crc32c does not match")
+    index = np.frombuffer(stored[:-4], "<u8").reshape(-1, 2).copy()
+    index[(index == _ABSENT).all(axis=1)] = 0
+    starts, sizes = index.T
+    if (starts > body).any() or (sizes > body - np.minimum(starts, body)).any():
+        raise DamagedCacheError("the index points outside the file")
+    return index
+
+
 class Shard:
     """An open shard: the index is checked once, chunks are decoded where they lie.
 
@@ -46,7 +63,7 @@ class Shard:
             raise DamagedCacheError(f"{path} is missing; copy it again or harvest again") from None
         closer = weakref.finalize(self, os.close, descriptor)
         size = os.fstat(descriptor).st_size
-        if size < 16 * slots + 4:
+        if size < index_bytes(slots):
             raise DamagedCacheError(
                 f"{path} is cut short: {size} bytes cannot hold an index of {slots} chunks"
             )
@@ -80,13 +97,8 @@ class Shard:
         return memoryview(data)
 
     def _read_index(self, file_size: int, slots: int) -> npt.NDArray[np.uint64]:
-        body = file_size - 16 * slots - 4
-        footer = bytes(self._bytes(body, 16 * slots + 4))
-        if crc32c(footer[:-4]) != int.from_bytes(footer[-4:], "little"):
-            raise DamagedCacheError(f"{self.path}: the index's crc32c does not match; copy the file again")
-        index = np.frombuffer(footer[:-4], "<u8").reshape(slots, 2).copy()
-        index[(index == _ABSENT).all(axis=1)] = 0
-        starts, sizes = index.T
-        if (starts > body).any() or (sizes > body - np.minimum(starts, body)).any():
-            raise DamagedCacheError(f"{self.path}: the index points outside the file; copy the file again")
-        return index
+        body = file_size - index_bytes(slots)
+        try:
+            return parse_index(bytes(self._bytes(body, index_bytes(slots))), body)
+        except DamagedCacheError as fault:
+            raise DamagedCacheError(f"{self.path}: {fault}; copy the file again") from None

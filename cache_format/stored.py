@@ -3,7 +3,10 @@
 Nothing here allocates more than the files that it reads can hold.
 """
 
+import os
 import stat
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +17,46 @@ from . import layout
 from .codec import decode_chunk
 from .errors import CacheError, DamagedCacheError
 from .files import checksum, read_file
-from .journal import FileEntry, Journal
+from .journal import FileEntry, WindowEntry
 from .manifest import Manifest, parse_manifest
 from .metadata import ROOT
 from .statistics import SiteSums
 from .strict_json import parse_json
 
+LOOKS_AT_ONCE = 8
+"""Threads that look at files: on a network file system each look waits for an answer."""
 MAX_RATIO = 1 << 16
 """Decoded bytes for one stored byte: zstd's best is a block of 128 KiB in four bytes."""
 
 
-def missing_files(folder: Path, journals: list[Journal]) -> list[str]:
-    """One line for each committed file that is absent or has another size."""
+def missing_files(
+    folder: Path, windows: Iterable[WindowEntry], progress: Callable[[int], None] = lambda n: None
+) -> list[str]:
+    """One line for each committed file that is absent or has another size; progress is told how many more
+    were looked at."""
+
+    def look(entry: WindowEntry) -> list[str]:
+        faults = (size_fault(f"{folder}/{name}", name, file.size) for name, file in entry.files.items())
+        return [fault for fault in faults if fault]
+
     faults = []
-    for journal in journals:
-        for entry in journal.windows:
-            for name, file in entry.files.items():
-                try:
-                    status = (folder / name).stat()
-                except (FileNotFoundError, NotADirectoryError):
-                    faults.append(f"{name} is missing")
-                else:
-                    size = status.st_size
-                    if not stat.S_ISREG(status.st_mode):
-                        faults.append(f"{name} is no file")
-                    elif size != file.size:
-                        faults.append(f"{name} has {size} bytes, expected {file.size}")
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+        windows = list(windows)
+        for entry, found in zip(windows, pool.map(look, windows), strict=True):
+            faults += found
+            progress(len(entry.files))
     return faults
+
+
+def size_fault(path: str, name: str, size: int) -> str | None:
+    """Why the file `name` at `path` is not one of `size` bytes."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name} is missing"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{name} is no file"
+    return f"{name} has {status.st_size} bytes, expected {size}" if status.st_size != size else None
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -1,6 +1,10 @@
 """Is every byte of a cache what was written? Existence and sizes in seconds, `full` checks all bytes."""
 
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,31 +12,38 @@ from . import layout
 from .errors import CacheError
 from .files import checksum, read_file
 from .folder import extents_of
+from .journal import FileEntry, WindowEntry
 from .metadata import documents
 from .reader import Cache, open_cache
-from .shard import Shard
-from .stored import missing_files
+from .shard import Shard, index_bytes, parse_index
+from .stored import size_fault
 
 Progress = Callable[[int], None]
+THREADS = 4
+BATCH = 16
+"""Files that a thread takes at a time."""
 
 
-def verify_cache(path: str, full: bool = False, progress: Progress = lambda n: None) -> list[str]:
+class _Job(NamedTuple):
+    tokens: int
+    """of the window"""
+    files: list[tuple[str, FileEntry]]
+
+
+def verify_cache(
+    cache: Cache | str | Path, full: bool = False, progress: Progress = lambda n: None
+) -> list[str]:
     """One line for each fault, naming the file; an empty list means that none was found.
 
-    full: also read every file, compare its checksum with the journal's, and decode every chunk.
-    progress is told how many committed files were done.
+    cache: its folder, or what `open_cache(folder, check=False)` gave. full: also read every file, compare its
+    checksum with the journal's, and decode every chunk; memory: the largest file, times THREADS. progress is
+    told how many more committed files were done.
     """
     try:
-        cache = open_cache(path, check=False)
+        cache = cache if isinstance(cache, Cache) else open_cache(cache, check=False)
         return [*_verify_logs(cache), *_verify_documents(cache), *_verify_files(cache, full, progress)]
     except CacheError as fault:
         return [str(fault)]
-
-
-def n_files(path: str) -> int:
-    """Committed files: the length of verify's progress bar."""
-    cache = open_cache(path, check=False)
-    return sum(len(entry.files) for journal in cache.journals for entry in journal.windows)
 
 
 def _verify_logs(cache: Cache) -> Iterator[str]:
@@ -61,7 +72,7 @@ def _verify_logs(cache: Cache) -> Iterator[str]:
 
 
 def _verify_documents(cache: Cache) -> Iterator[str]:
-    extents = extents_of(cache.manifest, (entry for journal in cache.journals for entry in journal.windows))
+    extents = extents_of(cache.manifest, cache.windows)
     for name, expected in documents(cache.manifest, extents).items():
         try:
             if read_file(cache.path / name) != expected:
@@ -71,37 +82,58 @@ def _verify_documents(cache: Cache) -> Iterator[str]:
 
 
 def _verify_files(cache: Cache, full: bool, progress: Progress) -> Iterator[str]:
-    if not full:
-        yield from missing_files(cache.path, cache.journals)
-        yield from _verify_indexes(cache, progress)
-        return
-    for journal in cache.journals:
-        for entry in journal.windows:
-            for name, file in entry.files.items():
-                progress(1)
-                try:
-                    data = read_file(cache.path / name)
-                    if len(data) != file.size:
-                        yield f"{name} has {len(data)} bytes, expected {file.size}"
-                    elif checksum(data) != file.crc32c:
-                        yield f"{name} was altered: its crc32c is {checksum(data)}, expected {file.crc32c}"
-                    else:
-                        _decode_all(cache, name, entry.tokens)
-                except CacheError as fault:
-                    yield str(fault)
+    verify = _verify_bytes if full else _verify_index
+    jobs = [_Job(entry.tokens, files) for entry in cache.windows for files in _batches(entry)]
+
+    def work(job: _Job) -> list[str]:
+        faults = (verify(cache, name, file, job.tokens) for name, file in job.files)
+        return [fault for fault in faults if fault]
+
+    pool = ThreadPoolExecutor(THREADS)
+    try:
+        for job, faults in zip(jobs, pool.map(work, jobs), strict=True):
+            yield from faults
+            progress(len(job.files))
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _verify_indexes(cache: Cache, progress: Progress) -> Iterator[str]:
-    for journal in cache.journals:
-        for entry in journal.windows:
-            for name in entry.files:
-                progress(1)
-                if not _is_shard(name) or not (cache.path / name).exists():
-                    continue
-                try:
-                    Shard(cache.path / name, cache.manifest.chunks_per_window)
-                except CacheError as fault:
-                    yield str(fault)
+def _batches(entry: WindowEntry) -> Iterator[list[tuple[str, FileEntry]]]:
+    files = list(entry.files.items())
+    for start in range(0, len(files), BATCH):
+        yield files[start : start + BATCH]
+
+
+def _verify_index(cache: Cache, name: str, file: FileEntry, tokens: int) -> str | None:
+    """Size, and of a shard its index: one open and one read."""
+    path = f"{cache.path}/{name}"
+    fault = size_fault(path, name, file.size)
+    if fault or not _is_shard(name):
+        return fault
+    length = index_bytes(cache.manifest.chunks_per_window)
+    if file.size < length:
+        return f"{name} is cut short: {file.size} bytes cannot hold its index"
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        parse_index(os.pread(descriptor, length, file.size - length), file.size - length)
+    except CacheError as damage:
+        return f"{name}: {damage}; copy the file again"
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _verify_bytes(cache: Cache, name: str, file: FileEntry, tokens: int) -> str | None:
+    try:
+        data = read_file(cache.path / name)
+        if len(data) != file.size:
+            return f"{name} has {len(data)} bytes, expected {file.size}"
+        if checksum(data) != file.crc32c:
+            return f"{name} was altered: its crc32c is {checksum(data)}, expected {file.crc32c}"
+        _decode_all(cache, name, tokens)
+    except CacheError as fault:
+        return str(fault)
+    return None
 
 
 def _decode_all(cache: Cache, name: str, tokens: int) -> None:
