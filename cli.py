@@ -147,6 +147,10 @@ def train_command(
         int | None, typer.Option(help="latents of a layer, instead of --expansion-factor")
     ] = None,
     n_targets: Annotated[int, typer.Option(help="layers a source writes to, its own included")] = 16,
+    tie: Annotated[str, typer.Option(help="decoders: none, one a source, or one a target")] = "none",
+    skip_connection: Annotated[
+        bool, typer.Option("--skip-connection", help="add a linear map of each target's own input")
+    ] = False,
     layers: Annotated[
         str | None, typer.Option(help="0-31, 0,4,8 or 0-31:4 [default: all in the cache]")
     ] = None,
@@ -181,7 +185,7 @@ def train_command(
     as_json: AsJson = False,
 ) -> None:
     """Fit a cross-layer transcoder from caches; needs neither the model nor its libraries."""
-    structure = ("k", "expansion_factor", "latents", "n_targets")
+    structure = ("k", "expansion_factor", "latents", "n_targets", "tie", "skip_connection")
     given = dict(locals())
     rest = set(given) - {*structure, "structure", "run_name", "out", "resume", "as_json"}
     settings: dict[str, Any] = {name: given[name] for name in rest}

@@ -17,6 +17,7 @@ from planted import LAYERS, write_planted
 from safetensors.torch import load_file
 
 from clt.cache_format import CacheError, open_cache
+from clt.stopping import StopRequested
 from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig, TranscoderConfig
 from clt.train.evaluate import Evaluation, evaluate
@@ -49,6 +50,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         for path in sorted(folder.rglob("*.safetensors"))
         for name, tensor in load_file(path).items()
     }
+
+
+def stop_after(steps: int) -> Any:
+    """A check that asks to stop once it was called `steps` times."""
+    left = iter(range(steps - 1, -1, -1))
+
+    def check() -> None:
+        if next(left) == 0:
+            raise StopRequested
+
+    return check
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -143,6 +155,25 @@ shutil.rmtree(sys.argv[1])
 with stop_on_signals():
     loop.train(config)
 """
+
+
+@pytest.mark.parametrize("tie", ["none", "source", "target"])
+def test_every_structure_resumes_exactly(cache: Path, tmp_path: Path, tie: str) -> None:
+    """Ties and the skip: four steps, stopped and loaded after two, are four steps."""
+    structure = {"tie": tie, "skip_connection": True, "n_targets": 2}
+    whole, cut = (configure(cache, tmp_path / n, steps=4, structure=structure) for n in ("whole", "cut"))
+    train(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequested, "check", stop_after(2))
+        with pytest.raises(StopRequested):
+            train(cut)
+    train(cut, resume=True)
+    first, second = (weights(config.run / "step-00000004") for config in (whole, cut))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    model = load_transcoder(cut.run)
+    assert (model.shape.tie, model.shape.skip) == (tie, True)
+    assert all(bool(weight.any()) for weight in model.W_skip)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -273,9 +304,11 @@ def test_firing_counts_cover_the_last_one_to_two_periods(cache: Path, tmp_path: 
     assert int((firing.frequency() > 0).sum()) == 1
 
 
-def test_evaluation_equals_the_definition(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tie", "skip"), [("none", False), ("source", True), ("target", True)])
+def test_evaluation_equals_the_definition(cache: Path, tmp_path: Path, tie: str, skip: bool) -> None:
     """FVU, by kind and without each offset, L0 and dead share from plain numpy on all held-out tokens."""
-    config = configure(cache, tmp_path / "run", epochs=2, dtype="float64")
+    structure = {"tie": tie, "skip_connection": skip}
+    config = configure(cache, tmp_path / "run", epochs=2, dtype="float64", structure=structure)
     train(config)
     found = held_out(config)
     model, split = load_transcoder(config.run), open_cache(cache)["val"]
@@ -300,10 +333,10 @@ def test_evaluation_equals_the_definition(cache: Path, tmp_path: Path) -> None:
         with torch.no_grad():
             for t in range(LAYERS):
                 total = model.b_dec[t].expand(len(y), -1)
-                for place, s in enumerate(model.shape.sources(t)):
+                for s in model.shape.sources(t):
                     if t - s != offset:
-                        total = total + codes[:, s] @ model.W_dec[t][place]
-                kept.append(model.outputs.undo(total, t))
+                        total = total + codes[:, s] @ model.decoder(s, t)
+                kept.append(model.outputs.undo(total, t) + model.skip(x)[:, t])
         expected = fvu((torch.stack(kept, dim=1) - y).numpy(), truth).mean()
         assert found.fvu_without_offset[offset] == pytest.approx(expected, rel=1e-5)
 

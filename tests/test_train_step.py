@@ -1,5 +1,7 @@
 """The target-major step against autograd on a naive dense transcoder."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from clt.train.optimizer import LayerwiseAdam
 from clt.train.reader import Batch
 from clt.train.source import Rows
 from clt.train.step import train_step
-from clt.train.transcoder import CrossLayerTranscoder, Shape
+from clt.train.transcoder import CrossLayerTranscoder
 
 
 def naive_loss(model: CrossLayerTranscoder, batch: Batch, variance: str) -> Tensor:
@@ -27,7 +29,12 @@ def naive_loss(model: CrossLayerTranscoder, batch: Batch, variance: str) -> Tens
         y = (batch.values("mlp_out", t, device, dtype) - model.outputs.mean[t]) / model.outputs.scale[t]
         predicted = model.b_dec[t]
         for place, s in enumerate(s for s in range(shape.n_layers) if t - shape.n_targets < s <= t):
-            predicted = predicted + activations[s] @ model.W_dec[t][place]
+            tied = {"source": model.W_dec[s], "target": model.W_dec[t]}
+            weight = model.W_dec[t][place] if shape.tie == "none" else tied[shape.tie]
+            predicted = predicted + activations[s] @ weight
+        if shape.skip:
+            x = (batch.values("mlp_in", t, device, dtype) - model.inputs.mean[t]) / model.inputs.scale[t]
+            predicted = predicted + x @ model.W_skip[t].T
         total = y.numel() if variance == "cache" else (y - y.mean(dim=0)).square().sum()
         loss = loss + (y - predicted).square().sum() / total
     return loss
@@ -45,33 +52,47 @@ def gradients(
     return found, result.loss
 
 
+def joined(parts: list[Batch]) -> Batch:
+    """One batch that holds the tokens of all."""
+    codes = {site: np.concatenate([p.rows.codes[site] for p in parts], axis=1) for site in SITES}
+    scales = {site: np.concatenate([p.rows.scales[site] for p in parts], axis=1) for site in SITES}
+    return Batch(Rows(codes, scales), np.arange(sum(len(part) for part in parts)))
+
+
 @pytest.mark.parametrize("variance", ["cache", "batch"])
-@pytest.mark.parametrize("n_targets", [1, 3, 99])
-def test_gradients_equal_autograd(variance: str, n_targets: int) -> None:
-    """Every gradient of the joint loss, to 1e-10 in float64."""
-    shape = Shape(SHAPE.layers, SHAPE.d_model, SHAPE.n_latents, SHAPE.k, n_targets)
-    model, batch = make_model(shape), make_batch(33, 1, shape)
-    found, loss = gradients(model, [batch], variance)
-    expected = naive_loss(model, batch, variance)
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("n_targets", [1, 2, 99])
+@pytest.mark.parametrize("tie", ["none", "source", "target"])
+def test_gradients_equal_autograd(tie: str, n_targets: int, skip: bool, variance: str) -> None:
+    """Every gradient of the joint loss over three micro-batches, to 1e-10 in float64."""
+    shape = replace(SHAPE, n_targets=n_targets, tie=tie, skip=skip)
+    model, parts = make_model(shape), [make_batch(n, n, shape) for n in (8, 5, 19)]
+    found, loss = gradients(model, parts, variance)
+    expected = naive_loss(model, joined(parts), variance)
     expected.backward()
     assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-10)
-    assert len(found) == 4 * shape.n_layers
+    assert len(found) == len(list(model.parameters()))
     for (name, layer), grad in found.items():
         reference = getattr(model, name)[layer].grad
         assert reference.abs().max() > 0, (name, layer)
         assert (grad - reference).abs().max() < 1e-10 * reference.abs().max(), (name, layer)
 
 
+@pytest.mark.parametrize("n_layers", [1, 2, 7])
+@pytest.mark.parametrize("tie", ["none", "source", "target"])
+def test_gradients_equal_autograd_with_few_and_many_layers(tie: str, n_layers: int) -> None:
+    shape = replace(SHAPE, layers=tuple(range(3, 3 + 2 * n_layers, 2)), tie=tie, skip=True)
+    model, batch = make_model(shape), make_batch(12, 4, shape)
+    found, _ = gradients(model, [batch])
+    naive_loss(model, batch, "cache").backward()
+    for (name, layer), grad in found.items():
+        torch.testing.assert_close(grad, getattr(model, name)[layer].grad, rtol=1e-9, atol=1e-14)
+
+
 def test_micro_batches_add_up() -> None:
     """The step of three micro-batches is the step of one batch that holds their tokens."""
     model, parts = make_model(), [make_batch(n, n) for n in (8, 5, 19)]
-    whole = Batch(
-        Rows(
-            {site: np.concatenate([p.rows.codes[site] for p in parts], axis=1) for site in SITES},
-            {site: np.concatenate([p.rows.scales[site] for p in parts], axis=1) for site in SITES},
-        ),
-        np.arange(32),
-    )
+    whole = joined(parts)
     for variance in ("cache", "batch"):
         split, loss = gradients(model, parts, variance)
         joint, whole_loss = gradients(model, [whole], variance)
@@ -80,9 +101,14 @@ def test_micro_batches_add_up() -> None:
             torch.testing.assert_close(split[key], grad, rtol=1e-9, atol=1e-14)
 
 
-def test_step_equals_adam_on_the_joint_loss() -> None:
-    """Ten updates layer by layer are ten updates of torch's Adam on all parameters at once."""
-    ours, theirs = make_model(), make_model()
+@pytest.mark.parametrize("tie", ["none", "source", "target"])
+def test_step_equals_adam_on_the_joint_loss(tie: str) -> None:
+    """Ten updates layer by layer are ten updates of torch's Adam on all parameters at once.
+
+    So no target is decoded with weights that the step has changed already.
+    """
+    shape = replace(SHAPE, tie=tie, skip=True)
+    ours, theirs = make_model(shape), make_model(shape)
     optimizer = LayerwiseAdam(ours)
     reference = torch.optim.Adam(theirs.parameters(), lr=1e-2)
     for number in range(10):

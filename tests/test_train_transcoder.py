@@ -1,6 +1,7 @@
 """The transcoder against loops, in model units."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ from hypothesis.extra.numpy import arrays
 from tiny_transcoder import SHAPE, make_model
 
 from clt.train.activation import top_k
-from clt.train.sparse import Codes
-from clt.train.transcoder import Shape
+from clt.train.sparse import Codes, merge
+from clt.train.transcoder import CrossLayerTranscoder, Shape
 
 
-def test_forward_equals_a_triple_loop() -> None:
-    """y_t = sum over its sources of a_s W_dec[s, t] + b_dec[t], in model units in and out."""
-    model = make_model()
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("tie", ["none", "source", "target"])
+def test_forward_equals_a_triple_loop(tie: str, skip: bool) -> None:
+    """y_t = sum over its sources of a_s W_dec[s, t] + b_dec[t] + W_skip[t] x_t, in model units in and out."""
+    model = make_model(replace(SHAPE, tie=tie, skip=skip))
     x = torch.randn(5, 4, 16, dtype=torch.float64)
     expected = torch.zeros_like(x)
     for token in range(5):
@@ -27,9 +30,39 @@ def test_forward_equals_a_triple_loop() -> None:
                 standard = (x[token, s] - model.inputs.mean[s]) / model.inputs.scale[s]
                 pre = torch.relu(model.W_enc[s] @ standard + model.b_enc[s]).detach()
                 for latent in pre.topk(4).indices:
-                    y += pre[latent] * model.W_dec[t][place, latent].detach()
+                    layer = {"none": t, "source": s, "target": t}[tie]
+                    weight = model.W_dec[layer][place] if tie == "none" else model.W_dec[layer]
+                    y += pre[latent] * weight[latent].detach()
+            if skip:
+                y += model.W_skip[t].detach() @ ((x[token, t] - model.inputs.mean[t]) / model.inputs.scale[t])
             expected[token, t] = y * model.outputs.scale[t] + model.outputs.mean[t]
     torch.testing.assert_close(model(x).detach(), expected)
+
+
+def test_without_a_skip_decoding_is_all_of_the_output() -> None:
+    """With one, `decode` and `skip` add up to `forward`; a skip starts at zero."""
+    x = torch.randn(5, 4, 16, dtype=torch.float64)
+    for model in (make_model(), make_model(replace(SHAPE, skip=True))):
+        assert bool(model.skip(x).any()) == model.shape.skip
+        torch.testing.assert_close(model(x), model.decode(model.encode(x)) + model.skip(x))
+    assert not CrossLayerTranscoder(model.shape, model.inputs, model.outputs).skip(x).any()
+
+
+def test_merged_codes_are_the_sum_and_split_again() -> None:
+    """Codes of several sources as one matrix: dense sum; each source finds its own numbers again."""
+    torch.manual_seed(0)
+    pre = torch.randn(3, 9, 12)
+    for parts in ([Codes.at(p > 0.5, p) for p in pre], [top_k(p, 4) for p in pre], [top_k(pre[0], 4)]):
+        merged = merge(parts)
+        assert merged.codes.starts[-1] == len(merged.codes.values)
+        torch.testing.assert_close(merged.codes.dense(), sum(part.dense() for part in parts))
+        for part, values in zip(parts, merged.split(merged.codes.values), strict=True):
+            assert torch.equal(values, part.values)
+        weight, grad = torch.randn(12, 5), torch.randn(9, 5)
+        torch.testing.assert_close(merged.codes.decode(weight), merged.codes.dense() @ weight)
+        torch.testing.assert_close(merged.codes.weight_grad(grad), merged.codes.dense().T @ grad)
+        for part, values in zip(parts, merged.split(merged.codes.code_grad(grad, weight)), strict=True):
+            torch.testing.assert_close(values, part.code_grad(grad, weight))
 
 
 def test_encode_keeps_k_and_leaves_its_input_alone() -> None:
@@ -52,8 +85,10 @@ def test_number_of_decoders(n_targets: int, pairs: int) -> None:
 
 def test_number_of_parameters() -> None:
     """The formula counts what the module holds; LLaVA's transcoder has 14.2 B."""
-    model = make_model()
-    assert SHAPE.n_parameters == sum(p.numel() for p in model.parameters())
+    for tie in ("none", "source", "target"):
+        for skip in (False, True):
+            shape = replace(SHAPE, tie=tie, skip=skip)
+            assert shape.n_parameters == sum(p.numel() for p in make_model(shape).parameters())
     assert round(Shape(tuple(range(32)), 4096, 8192, 32, 16).n_parameters / 1e9, 1) == 14.2
 
 

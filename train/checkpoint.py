@@ -2,7 +2,7 @@
 
     step-00001000/
       shape.json                          sizes of the transcoder
-      layers.<l>/transcoder.safetensors   W_enc, b_enc (source l), W_dec, b_dec (target l), means and scales
+      layers.<l>/transcoder.safetensors   W_enc, b_enc; W_dec, b_dec, W_skip; means and scales
       layers.<l>/optimizer.safetensors    Adam's moments of the same
       trainer.json, trainer.safetensors   step, tokens, place of the reader; when and how often latents fired
 
@@ -106,7 +106,8 @@ def checkpoint_folder(path: Path) -> Path:
 
 def _layer_tensors(model: CrossLayerTranscoder, place: int) -> dict[str, Tensor]:
     """Everything that belongs to one layer, by the name it has in the file; shares memory with the model."""
-    tensors = {name: getattr(model, name)[place].data for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    names = model.names("encoder") + model.names("decoder")
+    tensors = {name: getattr(model, name)[place].data for name in names}
     for name, site in (("in", model.inputs), ("out", model.outputs)):
         tensors |= {f"{name}_mean": site.mean[place], f"{name}_scale": site.scale[place]}
     return tensors

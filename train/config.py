@@ -6,6 +6,7 @@ from typing import Any
 
 LOSS_FNS = ("fvu",)
 FVU_VARIANCES = ("cache", "batch")
+TIES = ("none", "source", "target")
 SCHEDULES = ("linear", "constant", "cosine")
 IO = ("mmap", "pread")
 DTYPES = ("float32", "float64")
@@ -30,8 +31,14 @@ class TranscoderConfig:
     """Latents of a layer."""
     n_targets: int = 16
     """Layers that a source writes to, its own included; 1 is a per-layer transcoder."""
+    tie: str = "none"
+    """none: a decoder for each (source, target); source: one a source, for all its targets; target: one a
+    target, for all its sources."""
+    skip_connection: bool = False
+    """Add to each target a linear map of its own layer's input."""
 
     def __post_init__(self) -> None:
+        _one_of("tie", self.tie, TIES)
         for name in ("k", "expansion_factor", "n_targets"):
             if getattr(self, name) < 1:
                 raise ValueError(

@@ -88,10 +88,13 @@ def _add(sums: _Sums, model: CrossLayerTranscoder, batch: Batch, kind: npt.NDArr
         truth = model.outputs.apply_to(batch.values("mlp_out", target, device, dtype), target)
         square = float(model.outputs.scale[target]) ** 2
         written = {
-            target - source: codes[source].decode(model.W_dec[target][place])
-            for place, source in enumerate(model.shape.sources(target))
+            target - source: codes[source].decode(model.decoder(source, target))
+            for source in model.shape.sources(target)
         }
         error = model.b_dec[target] - truth + torch.stack(list(written.values())).sum(dim=0)
+        if model.shape.skip:
+            inputs = model.inputs.apply_to(batch.values("mlp_in", target, device, dtype), target)
+            error.addmm_(inputs, model.W_skip[target].T)
         per_token = _per_token(error)
         sums.kind[target] += square * np.bincount(kind, per_token, minlength=len(KINDS))
         for offset in range(len(sums.without)):

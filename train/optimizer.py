@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .transcoder import CrossLayerTranscoder
 
-DECODER, ENCODER = ("W_dec", "b_dec"), ("W_enc", "b_enc")
+SIDES = ("decoder", "encoder")
 
 
 class LayerwiseAdam:
@@ -19,9 +19,9 @@ class LayerwiseAdam:
         self._lr = 0.0
         self._adams = {
             (side, layer): torch.optim.Adam(
-                [getattr(model, name)[layer] for name in names], lr=1.0, fused=True
+                [getattr(model, name)[layer] for name in model.names(side)], lr=1.0, fused=True
             )
-            for side, names in (("decoder", DECODER), ("encoder", ENCODER))
+            for side in SIDES
             for layer in range(model.shape.n_layers)
         }
         self.square_norm = 0.0
@@ -42,17 +42,17 @@ class LayerwiseAdam:
         adam.zero_grad(set_to_none=True)
 
     def state(self, layer: int) -> dict[str, Tensor]:
-        """Moments of one layer's four parameters; empty before the first step."""
+        """Moments of one layer's parameters; empty before the first step."""
         tensors = {}
-        for side, names in (("decoder", DECODER), ("encoder", ENCODER)):
+        for side in SIDES:
             state = self._adams[side, layer].state_dict()["state"]
-            for place, name in enumerate(names):
+            for place, name in enumerate(self._model.names(side)):
                 for key, value in state.get(place, {}).items():
                     tensors[f"{name}.{key}"] = value
         return tensors
 
     def restore(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        for side, names in (("decoder", DECODER), ("encoder", ENCODER)):
+        for side in SIDES:
             adam = self._adams[side, layer]
             state: dict[int, dict[str, Any]] = {
                 place: {
@@ -60,7 +60,7 @@ class LayerwiseAdam:
                     for key, value in tensors.items()
                     if key.startswith(f"{name}.")
                 }
-                for place, name in enumerate(names)
+                for place, name in enumerate(self._model.names(side))
             }
             adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})
 

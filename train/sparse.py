@@ -6,7 +6,9 @@ and serves all its targets; cost grows with the number of codes, not with the nu
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ class Codes:
     def dense(self) -> Tensor:
         """(token, latent)."""
         out = self.values.new_zeros(self.n_tokens, self.n_latents)
-        return out.index_put_((self.tokens, self.columns), self.values)
+        return out.index_put_((self.tokens, self.columns), self.values, accumulate=True)
 
     def decode(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """A @ weight: (latent, d) -> (token, d); added to `out` where that is given."""
@@ -107,6 +109,36 @@ class Codes:
     def _transposed(self, values: Tensor) -> Tensor:
         starts, columns, order = self._by_latent
         return _csr(starts, columns, values.index_select(0, order), self._size[::-1])
+
+
+class Merged(NamedTuple):
+    """Codes of several sources as one matrix, for a decoder that they share."""
+
+    codes: Codes
+    """Each token's codes, source after source; a latent may come once for each source"""
+    places: tuple[Tensor | slice, ...]
+    """by source: where its codes lie among these"""
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """By source, the values that belong to its own codes: (code,) each."""
+        return [values[place] for place in self.places]
+
+
+def merge(parts: Sequence[Codes]) -> Merged:
+    """The sum of the parts' matrices."""
+    if len(parts) == 1:
+        return Merged(parts[0], (slice(None),))
+    starts = torch.stack([part.starts for part in parts]).sum(dim=0, dtype=torch.int32)
+    columns = torch.cat([part.columns for part in parts])
+    values = torch.cat([part.values for part in parts])
+    places, ahead = [], starts[:-1].clone()  # where each token's codes of the next part begin
+    for part in parts:
+        own = torch.arange(len(part.columns), device=starts.device)
+        places.append((ahead - part.starts[:-1])[part.tokens] + own)
+        ahead += part.starts.diff()
+    order = torch.empty_like(columns, dtype=torch.int64)
+    order[torch.cat(places)] = torch.arange(len(columns), device=starts.device)
+    return Merged(Codes(starts, columns[order], values[order], parts[0].n_latents), tuple(places))
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,10 +3,12 @@
 The loss is the sum over targets of FVU_t, the squared error over the variance. A decoder is used at its
 own target only, and targets meet nowhere but in the codes; so codes are computed first, then each target
 is decoded, its decoder's gradient is used up at once, and its gradient towards the codes is added; at last
-each encoder gets one sparse backward pass.
+each encoder gets one sparse backward pass. A decoder tied by source serves n_targets targets, and is updated
+after the last of them; n_targets gradients are held then.
 """
 
 from collections.abc import Callable, Sequence
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from .activation import through_relu
 from .reader import Batch
 from .sparse import Codes
-from .transcoder import CrossLayerTranscoder
+from .transcoder import CrossLayerTranscoder, Term
 
 Apply = Callable[[str, int, dict[str, Tensor]], None]
 """Told (kind of layer: "decoder" or "encoder", its place, gradients by parameter) once these are final."""
@@ -68,7 +70,8 @@ def train_step(
     """
     parts = [_MicroBatch(model, batch) for batch in batches]
     layers = range(model.shape.n_layers)
-    fvu, errors = zip(*(_target(model, parts, target, apply, variance) for target in layers), strict=True)
+    decoders = _DecoderGrads(model, apply)
+    fvu, errors = zip(*(_target(model, parts, target, decoders, variance) for target in layers), strict=True)
     for source in layers:
         _source(model, parts, source, apply)
     tokens = sum(len(part.batch) for part in parts)
@@ -77,32 +80,64 @@ def train_step(
     return StepResult(torch.stack(fvu), l0 / tokens, fired, torch.stack(errors))
 
 
+class _DecoderGrads:
+    """Gradients of the decoders that later targets still add to."""
+
+    def __init__(self, model: CrossLayerTranscoder, apply: Apply) -> None:
+        self.model, self.apply = model, apply
+        self.held: dict[int, dict[str, Tensor]] = {}
+        self.written: set[tuple[int, int | EllipsisType]] = set()
+
+    def begin(self, layer: int) -> None:
+        names = self.model.names("decoder")
+        self.held[layer] = {name: torch.zeros_like(getattr(self.model, name)[layer]) for name in names[1:]}
+        self.held[layer]["W_dec"] = torch.empty_like(self.model.W_dec[layer])
+
+    def add(self, target: int, part: _MicroBatch, grad: Tensor, terms: list[Term]) -> None:
+        """One micro-batch's, from `grad` (token, d_model) of the target's standardised output."""
+        mine = self.held[target]
+        mine["b_dec"] += grad.sum(dim=0)
+        if self.model.shape.skip:
+            mine["W_skip"].addmm_(grad.T, part.inputs(target))
+        for term in terms:
+            change, place = term.merged.codes.weight_grad(grad), (term.layer, term.slot)
+            if place in self.written:
+                self.held[term.layer]["W_dec"][term.slot] += change
+            else:
+                self.held[term.layer]["W_dec"][term.slot] = change
+                self.written.add(place)
+
+    def finish(self, target: int) -> None:
+        """Hand over those that no target after this one adds to."""
+        for layer in [held for held in self.held if self.model.shape.last_target(held) == target]:
+            self.apply("decoder", layer, self.held.pop(layer))
+
+
 def _target(
-    model: CrossLayerTranscoder, parts: list[_MicroBatch], target: int, apply: Apply, variance: str
+    model: CrossLayerTranscoder, parts: list[_MicroBatch], target: int, decoders: _DecoderGrads, variance: str
 ) -> tuple[Tensor, Tensor]:
     """Decode one target, use up its gradients, and add what it wants of its sources' codes.
 
     Its FVU, and the squared error of each token.
     """
-    weight = model.W_dec[target]
     wanted = [part.targets(target) for part in parts]
     scale = 1 / _total_variance(wanted, variance)
-    grads = {"W_dec": torch.empty_like(weight), "b_dec": torch.zeros_like(model.b_dec[target])}
+    decoders.begin(target)
     errors = []
-    for number, (part, truth) in enumerate(zip(parts, wanted, strict=True)):
-        error = model.decode_layer(part.codes, target) - truth
+    for part, truth in zip(parts, wanted, strict=True):
+        terms = model.terms(part.codes, target)
+        error = model.decode_terms(terms, target) - truth
+        if model.shape.skip:
+            error.addmm_(part.inputs(target), model.W_skip[target].T)
         errors.append(error.square().sum(dim=1))
         grad = error.mul_(2 * scale)
-        grads["b_dec"] += grad.sum(dim=0)
-        for place, source in enumerate(model.shape.sources(target)):
-            codes = part.codes[source]
-            part.code_grads[source] += codes.code_grad(grad, weight[place])
-            change = codes.weight_grad(grad)
-            if number == 0:
-                grads["W_dec"][place] = change
-            else:
-                grads["W_dec"][place] += change
-    apply("decoder", target, grads)
+        decoders.add(target, part, grad, terms)
+        for term in terms:
+            weight = model.W_dec[term.layer][term.slot]
+            changes = term.merged.split(term.merged.codes.code_grad(grad, weight))
+            for source, change in zip(term.sources, changes, strict=True):
+                part.code_grads[source] += change
+    decoders.finish(target)
     per_token = torch.cat(errors)
     return per_token.sum() * scale, per_token
 

@@ -1,13 +1,16 @@
 """The cross-layer transcoder: source layers read MLP inputs, and write to their own and later MLP outputs.
 
     a_s = topk(relu(W_enc[s] x_s + b_enc[s]))
-    y_t = sum over s with t - n_targets < s <= t of  a_s W_dec[s, t]  +  b_dec[t]
+    y_t = sum over s with t - n_targets < s <= t of  a_s W_dec[s, t]  +  b_dec[t]  (+ W_skip[t] x_t)
 
+With tie "source" W_dec[s, t] is the same for all t, with "target" for all s.
 (Lindsey et al. 2025, "Circuit Tracing"; Ameisen et al. 2025.) Inside, x and y are standardised: minus the
 cache's mean, over the root mean square deviation of a value. `forward` takes and gives model units.
 """
 
 from dataclasses import dataclass
+from types import EllipsisType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +21,7 @@ from ..cache_format.statistics import Statistics
 from .activation import top_k
 from .config import TranscoderConfig
 from .source import Source
-from .sparse import Codes
+from .sparse import Codes, Merged, merge
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,17 @@ class Shape:
     """Of each layer."""
     k: int
     n_targets: int
+    tie: str = "none"
+    """none, source or target: see `TranscoderConfig`"""
+    skip: bool = False
+    """Whether each target has a linear map of its own layer's input"""
 
     @classmethod
     def of(cls, config: TranscoderConfig, layers: tuple[int, ...], d_model: int) -> "Shape":
         latents = config.latents or config.expansion_factor * d_model
         if config.k > latents:
             raise ValueError(f"--k: expected at most the {latents} latents of a layer, found {config.k}")
-        return cls(layers, d_model, latents, config.k, config.n_targets)
+        return cls(layers, d_model, latents, config.k, config.n_targets, config.tie, config.skip_connection)
 
     @property
     def n_layers(self) -> int:
@@ -54,9 +61,29 @@ class Shape:
         return sum(len(self.sources(t)) for t in range(self.n_layers))
 
     @property
+    def n_decoders(self) -> int:
+        return self.n_pairs if self.tie == "none" else self.n_layers
+
+    @property
     def n_parameters(self) -> int:
-        per_latent = self.n_layers * (self.d_model + 1) + self.n_pairs * self.d_model
-        return self.n_latents * per_latent + self.n_layers * self.d_model
+        per_latent = self.n_layers * (self.d_model + 1) + self.n_decoders * self.d_model
+        per_target = self.d_model + self.skip * self.d_model**2
+        return self.n_latents * per_latent + self.n_layers * per_target
+
+    def decoder_size(self, layer: int) -> tuple[int, ...]:
+        """Of the layer's `W_dec`."""
+        own = (self.n_latents, self.d_model)
+        return (len(self.sources(layer)), *own) if self.tie == "none" else own
+
+    def decoder_place(self, source: int, target: int) -> tuple[int, int | EllipsisType]:
+        """(layer, slot): `W_dec[layer][slot]` carries the source to the target."""
+        if self.tie == "none":
+            return target, source - self.sources(target).start
+        return (source if self.tie == "source" else target), ...
+
+    def last_target(self, layer: int) -> int:
+        """The last target that uses the layer's `W_dec`."""
+        return min(layer + self.n_targets, self.n_layers) - 1 if self.tie == "source" else layer
 
 
 class Standardiser(nn.Module):
@@ -78,11 +105,22 @@ class Standardiser(nn.Module):
         return values * self.scale[layer] + self.mean[layer]
 
 
+class Term(NamedTuple):
+    """One product of a target's sum: the codes of some sources times the decoder `W_dec[layer][slot]`."""
+
+    sources: tuple[int, ...]
+    merged: Merged
+    layer: int
+    slot: int | EllipsisType
+
+
 class CrossLayerTranscoder(nn.Module):
     """Parameters by layer, so that a step can hold, update and save one layer at a time.
 
-    W_enc[s] (latent, d_model), b_enc[s] (latent,), W_dec[t] (source, latent, d_model) with the sources of
-    `shape.sources(t)`, b_dec[t] (d_model,). Decoders start at zero, encoders uniform in +-1/sqrt(d_model).
+    W_enc[s] (latent, d_model), b_enc[s] (latent,), b_dec[t] (d_model,), W_skip[t] (d_model out, d_model in)
+    where the shape has a skip. W_dec[t] (source, latent, d_model) with the sources of `shape.sources(t)`;
+    tied, W_dec[layer] (latent, d_model): `decoder` finds the one of a pair. Decoders and skips start at zero,
+    encoders uniform in +-1/sqrt(d_model).
     """
 
     def __init__(self, shape: Shape, inputs: Standardiser, outputs: Standardiser, seed: int = 0) -> None:
@@ -97,8 +135,9 @@ class CrossLayerTranscoder(nn.Module):
         layers, latents, width = range(shape.n_layers), shape.n_latents, shape.d_model
         self.W_enc = parameters(*[(latents, width) for _ in layers])
         self.b_enc = parameters(*[(latents,) for _ in layers])
-        self.W_dec = parameters(*[(len(shape.sources(t)), latents, width) for t in layers])
+        self.W_dec = parameters(*[shape.decoder_size(layer) for layer in layers])
         self.b_dec = parameters(*[(width,) for _ in layers])
+        self.W_skip = parameters(*[(width, width) for _ in layers if shape.skip])
         for weight in self.W_enc:
             nn.init.uniform_(weight, -bound, bound, generator=random)
 
@@ -107,11 +146,32 @@ class CrossLayerTranscoder(nn.Module):
         pre = torch.addmm(self.b_enc[source], standard, self.W_enc[source].T)
         return top_k(pre, self.shape.k)
 
-    def decode_layer(self, codes: dict[int, Codes], target: int) -> Tensor:
-        """Standardised output (token, d_model) of one target from the codes of its sources."""
-        out: Tensor = self.b_dec[target].expand(codes[target].n_tokens, -1)
-        for place, source in enumerate(self.shape.sources(target)):
-            out = out + codes[source].decode(self.W_dec[target][place])
+    def names(self, side: str) -> tuple[str, ...]:
+        """Parameters that belong to one layer's "encoder" or "decoder", and are updated together."""
+        if side == "encoder":
+            return ("W_enc", "b_enc")
+        return ("W_dec", "b_dec", "W_skip") if self.shape.skip else ("W_dec", "b_dec")
+
+    def decoder(self, source: int, target: int) -> Tensor:
+        """(latent, d_model): what the source's latents write to the target; shares memory with `W_dec`."""
+        layer, slot = self.shape.decoder_place(source, target)
+        weight: Tensor = self.W_dec[layer][slot]
+        return weight
+
+    def terms(self, codes: dict[int, Codes], target: int) -> list[Term]:
+        """What is summed for a target; sources that share its decoder are decoded as one."""
+        sources = tuple(self.shape.sources(target))
+        groups = [sources] if self.shape.tie == "target" else [(source,) for source in sources]
+        return [
+            Term(group, merge([codes[s] for s in group]), *self.shape.decoder_place(group[-1], target))
+            for group in groups
+        ]
+
+    def decode_terms(self, terms: list[Term], target: int) -> Tensor:
+        """Standardised output (token, d_model) of a target, without its skip."""
+        out: Tensor = self.b_dec[target].expand(terms[0].merged.codes.n_tokens, -1)
+        for term in terms:
+            out = out + term.merged.codes.decode(self.W_dec[term.layer][term.slot])
         return out
 
     def encode(self, x: Tensor) -> Tensor:
@@ -122,19 +182,28 @@ class CrossLayerTranscoder(nn.Module):
         return out
 
     def decode(self, activations: Tensor) -> Tensor:
-        """Activations (token, layer, latent) -> outputs (token, layer, d_model) in model units; dense."""
+        """Activations (token, layer, latent) -> what latents and biases write, in model units; dense.
+
+        (token, layer, d_model). This is all of the output, unless the shape has a skip: then add `skip(x)`.
+        """
         outputs = []
         for target in range(self.shape.n_layers):
-            sources = self.shape.sources(target)
-            written = torch.einsum(
-                "tsm,smd->td", activations[:, sources.start : sources.stop], self.W_dec[target]
-            )
-            outputs.append(self.outputs.undo(written + self.b_dec[target], target))
+            written = self.b_dec[target]
+            for source in self.shape.sources(target):
+                written = written + activations[:, source] @ self.decoder(source, target)
+            outputs.append(self.outputs.undo(written, target))
         return torch.stack(outputs, dim=1)
+
+    def skip(self, x: Tensor) -> Tensor:
+        """What the skip connection adds to `decode`, in model units; (token, layer, d_model) as x."""
+        out = torch.zeros_like(x)
+        for layer, weight in enumerate(self.W_skip):
+            out[:, layer] = self._standard(x, layer) @ weight.T * self.outputs.scale[layer]
+        return out
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (token, layer, d_model) -> the MLP outputs it predicts, same shape, in model units."""
-        return self.decode(self.encode(x))
+        return self.decode(self.encode(x)) + self.skip(x)
 
     def _standard(self, x: Tensor, layer: int) -> Tensor:
         return self.inputs.apply_to(x[:, layer].clone(), layer)
