@@ -56,6 +56,16 @@ class _MicroBatch:
             self.batch.values("mlp_out", layer, mean.device, mean.dtype), layer
         )
 
+    def add_code_grads(self, term: Term, grad: Tensor, weight: Tensor) -> None:
+        """What one product wants of its sources' codes."""
+        codes = term.merged.codes
+        if len(term.sources) == 1:
+            codes.code_grad(grad, weight, out=self.code_grads[term.sources[0]])
+            return
+        changes = term.merged.split(codes.code_grad(grad, weight))
+        for source, change in zip(term.sources, changes, strict=True):
+            self.code_grads[source] += change
+
     def _encode(self, source: int) -> Codes:
         return self.model.encode_layer(self.inputs(source), source)
 
@@ -100,12 +110,9 @@ class _DecoderGrads:
         if self.model.shape.skip:
             mine["W_skip"].addmm_(grad.T, part.inputs(target))
         for term in terms:
-            change, place = term.merged.codes.weight_grad(grad), (term.layer, term.slot)
-            if place in self.written:
-                self.held[term.layer]["W_dec"][term.slot] += change
-            else:
-                self.held[term.layer]["W_dec"][term.slot] = change
-                self.written.add(place)
+            place, out = (term.layer, term.slot), self.held[term.layer]["W_dec"][term.slot]
+            term.merged.codes.weight_grad(grad, out, add=place in self.written)
+            self.written.add(place)
 
     def finish(self, target: int) -> None:
         """Hand over those that no target after this one adds to."""
@@ -133,10 +140,7 @@ def _target(
         grad = error.mul_(2 * scale)
         decoders.add(target, part, grad, terms)
         for term in terms:
-            weight = model.W_dec[term.layer][term.slot]
-            changes = term.merged.split(term.merged.codes.code_grad(grad, weight))
-            for source, change in zip(term.sources, changes, strict=True):
-                part.code_grads[source] += change
+            part.add_code_grads(term, grad, model.W_dec[term.layer][term.slot])
     decoders.finish(target)
     per_token = torch.cat(errors)
     return per_token.sum() * scale, per_token

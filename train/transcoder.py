@@ -169,9 +169,9 @@ class CrossLayerTranscoder(nn.Module):
 
     def decode_terms(self, terms: list[Term], target: int) -> Tensor:
         """Standardised output (token, d_model) of a target, without its skip."""
-        out: Tensor = self.b_dec[target].expand(terms[0].merged.codes.n_tokens, -1)
+        out: Tensor = self.b_dec[target].repeat(terms[0].merged.codes.n_tokens, 1)
         for term in terms:
-            out = out + term.merged.codes.decode(self.W_dec[term.layer][term.slot])
+            term.merged.codes.decode(self.W_dec[term.layer][term.slot], out)
         return out
 
     def encode(self, x: Tensor) -> Tensor:
