@@ -80,28 +80,45 @@ def train_step(
     """
     parts = [_MicroBatch(model, batch) for batch in batches]
     layers = range(model.shape.n_layers)
-    decoders = _DecoderGrads(model, apply)
+    room = _Room(model)
+    decoders = _DecoderGrads(model, apply, room)
     fvu, errors = zip(*(_target(model, parts, target, decoders, variance) for target in layers), strict=True)
     for source in layers:
-        _source(model, parts, source, apply)
+        _source(model, parts, source, apply, room)
     tokens = sum(len(part.batch) for part in parts)
     l0 = torch.stack([sum(((p.codes[s].values > 0).sum() for p in parts), torch.tensor(0)) for s in layers])
     fired = torch.stack([_fired(parts, s) for s in layers])
     return StepResult(torch.stack(fvu), l0 / tokens, fired, torch.stack(errors))
 
 
+class _Room:
+    """Memory for gradients, used again and again: on a CPU touching new pages costs more than the products."""
+
+    def __init__(self, model: CrossLayerTranscoder) -> None:
+        self.largest = max(weight.numel() for weight in (*model.W_dec, *model.W_enc))
+        self.free: list[Tensor] = []
+
+    def take(self, weight: Tensor) -> Tensor:
+        """Room for the gradient of a weight; what is in it has no meaning."""
+        flat = self.free.pop() if self.free else weight.new_empty(self.largest)
+        return flat[: weight.numel()].view_as(weight)
+
+    def give_back(self, grad: Tensor) -> None:
+        self.free.append(grad.new_empty(0).set_(grad.untyped_storage()))
+
+
 class _DecoderGrads:
     """Gradients of the decoders that later targets still add to."""
 
-    def __init__(self, model: CrossLayerTranscoder, apply: Apply) -> None:
-        self.model, self.apply = model, apply
+    def __init__(self, model: CrossLayerTranscoder, apply: Apply, room: _Room) -> None:
+        self.model, self.apply, self.room = model, apply, room
         self.held: dict[int, dict[str, Tensor]] = {}
         self.written: set[tuple[int, int | EllipsisType]] = set()
 
     def begin(self, layer: int) -> None:
         names = self.model.names("decoder")
         self.held[layer] = {name: torch.zeros_like(getattr(self.model, name)[layer]) for name in names[1:]}
-        self.held[layer]["W_dec"] = torch.empty_like(self.model.W_dec[layer])
+        self.held[layer]["W_dec"] = self.room.take(self.model.W_dec[layer])
 
     def add(self, target: int, part: _MicroBatch, grad: Tensor, terms: list[Term]) -> None:
         """One micro-batch's, from `grad` (token, d_model) of the target's standardised output."""
@@ -117,7 +134,9 @@ class _DecoderGrads:
     def finish(self, target: int) -> None:
         """Hand over those that no target after this one adds to."""
         for layer in [held for held in self.held if self.model.shape.last_target(held) == target]:
-            self.apply("decoder", layer, self.held.pop(layer))
+            grads = self.held.pop(layer)
+            self.apply("decoder", layer, grads)
+            self.room.give_back(grads["W_dec"])
 
 
 def _target(
@@ -127,16 +146,15 @@ def _target(
 
     Its FVU, and the squared error of each token.
     """
-    wanted = [part.targets(target) for part in parts]
-    scale = 1 / _total_variance(wanted, variance)
+    scale = 1 / _total_variance(parts, target, variance)
     decoders.begin(target)
     errors = []
-    for part, truth in zip(parts, wanted, strict=True):
+    for part in parts:
         terms = model.terms(part.codes, target)
-        error = model.decode_terms(terms, target) - truth
+        error = model.decode_terms(terms, target).sub_(part.targets(target))
         if model.shape.skip:
             error.addmm_(part.inputs(target), model.W_skip[target].T)
-        errors.append(error.square().sum(dim=1))
+        errors.append(torch.linalg.vector_norm(error, dim=1).square_())
         grad = error.mul_(2 * scale)
         decoders.add(target, part, grad, terms)
         for term in terms:
@@ -146,25 +164,29 @@ def _target(
     return per_token.sum() * scale, per_token
 
 
-def _source(model: CrossLayerTranscoder, parts: list[_MicroBatch], source: int, apply: Apply) -> None:
+def _source(
+    model: CrossLayerTranscoder, parts: list[_MicroBatch], source: int, apply: Apply, room: _Room
+) -> None:
     """One backward pass of one encoder, from the summed gradient of its codes."""
-    total: dict[str, Tensor] = {}
-    for part in parts:
+    grads = {"W_enc": room.take(model.W_enc[source]), "b_enc": torch.zeros_like(model.b_enc[source])}
+    for number, part in enumerate(parts):
         codes = part.codes[source]
         pre_grad = through_relu(codes, part.code_grads[source])
-        weight, bias = codes.encoder_grad(pre_grad, part.inputs(source))
-        total["W_enc"] = weight if "W_enc" not in total else total["W_enc"] + weight
-        total["b_enc"] = bias if "b_enc" not in total else total["b_enc"] + bias
-    apply("encoder", source, total)
+        _, bias = codes.encoder_grad(pre_grad, part.inputs(source), grads["W_enc"], add=number > 0)
+        grads["b_enc"] += bias
+    apply("encoder", source, grads)
+    room.give_back(grads["W_enc"])
 
 
-def _total_variance(wanted: list[Tensor], variance: str) -> Tensor:
-    """What the summed squared error is divided by."""
-    tokens, width = sum(len(truth) for truth in wanted), wanted[0].shape[1]
+def _total_variance(parts: list[_MicroBatch], target: int, variance: str) -> Tensor:
+    """What the summed squared error is divided by; holds one micro-batch's targets at a time."""
+    mean = parts[0].model.b_dec[target]
+    tokens = sum(len(part.batch) for part in parts)
     if variance == "cache":  # standardised targets have variance 1 a channel
-        return wanted[0].new_tensor(float(tokens * width))
-    mean = torch.stack([truth.sum(dim=0) for truth in wanted]).sum(dim=0) / tokens
-    return torch.stack([(truth - mean).square().sum() for truth in wanted]).sum()
+        return mean.new_tensor(float(tokens * len(mean)))
+    mean = torch.stack([part.targets(target).sum(dim=0) for part in parts]).sum(dim=0) / tokens
+    centred = (part.targets(target).sub_(mean) for part in parts)
+    return torch.stack([torch.linalg.vector_norm(values).square() for values in centred]).sum()
 
 
 def _fired(parts: list[_MicroBatch], source: int) -> Tensor:
