@@ -92,7 +92,7 @@ def train_step(
 
 
 class _Room:
-    """Memory for gradients, used again and again: on a CPU touching new pages costs more than the products."""
+    """Memory for gradients, used again and again: on a CPU new pages cost more than the products."""
 
     def __init__(self, model: CrossLayerTranscoder) -> None:
         self.largest = max(weight.numel() for weight in (*model.W_dec, *model.W_enc))
