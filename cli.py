@@ -165,11 +165,19 @@ def train_command(
     epochs: Annotated[float, typer.Option(help="passes over the cache")] = 1.0,
     steps: Annotated[int | None, typer.Option(help="optimiser steps at most")] = None,
     tokens: Annotated[int | None, typer.Option(help="tokens at most")] = None,
-    lr: Annotated[float | None, typer.Option(help="[default: 2e-4 / sqrt(latents / 16384)]")] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="adam, adam8 (8-bit state), signum, or muon (Adam for vectors)")
+    ] = "adam",
+    lr: Annotated[
+        float | None, typer.Option(help="[default: for adam 2e-4 / sqrt(latents / 16384); printed]")
+    ] = None,
     lr_warmup_steps: Annotated[
         int | None, typer.Option(help="[default: 1000, or a tenth of the run]")
     ] = None,
     lr_schedule: Annotated[str, typer.Option(help="linear, cosine or constant")] = "linear",
+    max_grad_norm: Annotated[
+        float | None, typer.Option(help="clip by the norm of each decoder's, each encoder's gradients")
+    ] = None,
     kinds: Annotated[str, typer.Option(help="kinds of tokens that count")] = ",".join(KINDS),
     exclude: Annotated[str | None, typer.Option(help="kinds that do not count, and sink: bos,sink")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",

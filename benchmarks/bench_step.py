@@ -18,7 +18,7 @@ from rival_steps import Leaves, dense_step, eleuther_step
 from torch import Tensor
 
 from clt.cache_format.layout import BLOCK, SITES
-from clt.train.optimizer import LayerwiseAdam
+from clt.train.optimizer import Optimizer
 from clt.train.reader import Batch
 from clt.train.source import Rows
 from clt.train.step import train_step
@@ -57,9 +57,9 @@ def compare(shape: Shape, n_tokens: int, repeats: int) -> None:
     )
     print(f"{shape.n_pairs} decoders, {n_tokens} tokens; {torch.get_num_threads()} threads, float32")
     model, batch = make_model(shape), make_batch(shape, n_tokens)
-    leaves, adam = Leaves(model), LayerwiseAdam(model)
+    leaves, adam = Leaves(model), Optimizer(model, "adam")
     check_gradients(model, leaves, batch)
-    adam.begin(1e-4)
+    adam.begin(0, 1e-4)
     ways = [
         Way("ours", lambda: train_step(model, [batch], adam.apply).loss, lambda: None),
         Way("dense autograd", lambda: dense_step(leaves, batch), leaves.update),

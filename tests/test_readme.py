@@ -46,7 +46,7 @@ def test_the_python_example_names_what_exists() -> None:
 def test_the_tree_is_the_tree() -> None:
     """Every module is named, and every name is a file."""
     tree = TEXT.split("## The tree")[1].split("## Development")[0]
-    named = set(re.findall(r"\b[a-z_]+\.py\b", tree)) - {"test_.py"}
+    named = set(re.findall(r"\b[a-z0-9_]+\.py\b", tree)) - {"test_.py"}
     modules = {
         path.name
         for folder in (".", "harvest", "cache_format", "train")

@@ -23,7 +23,7 @@ from clt.train.config import TrainConfig, TranscoderConfig
 from clt.train.evaluate import Evaluation, evaluate
 from clt.train.loop import load_config, open_source, plan, train
 from clt.train.metrics import DeadLatents, FiringCounts
-from clt.train.optimizer import learning_rate
+from clt.train.optimizer import Optimizer, learning_rate
 from clt.train.source import Selection, Source
 
 
@@ -271,9 +271,32 @@ def test_layer_subset_trains_only_those(cache: Path, tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_layer(cache: Path, tmp_path: Path) -> None:
     config = configure(cache, tmp_path / "run", lr=1e30, epochs=9, save_every=1)
-    with pytest.raises(ValueError, match=r"the loss is not finite in layers .*the last checkpoint is kept"):
+    with pytest.raises(
+        ValueError, match=r"step 2: the loss.* not finite in layer 0 .*step-00000001 is its last"
+    ):
         train(config)
     assert (config.run / "latest").exists()
+
+
+def test_a_weight_that_is_not_finite_is_never_saved(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """-inf as a bias of step 3 makes a latent silent and the loss no worse; the save of step 4 finds it."""
+    apply = Optimizer.apply
+
+    def break_at_3(self: Optimizer, side: str, layer: int, grads: dict[str, torch.Tensor]) -> None:
+        apply(self, side, layer, grads)
+        if (self._step, side, layer) == (2, "encoder", 1):
+            self._model.b_enc[1].data[7] = -torch.inf
+
+    monkeypatch.setattr(Optimizer, "apply", break_at_3)
+    config = configure(cache, tmp_path / "run", steps=6, save_every=2)
+    with pytest.raises(
+        ValueError, match=r"weights are not finite: b_enc of layer 1.*step-00000002 is its last"
+    ):
+        train(config)
+    assert all(p.isfinite().all() for p in load_transcoder(config.run).parameters())
+    assert [path.name for path in config.run.glob("*step*")] == ["step-00000002"]
 
 
 def test_dead_counts_tokens_since_a_positive_activation(cache: Path, tmp_path: Path) -> None:

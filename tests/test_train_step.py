@@ -9,7 +9,7 @@ from tiny_transcoder import SHAPE, make_batch, make_model
 from torch import Tensor
 
 from clt.cache_format.layout import SITES
-from clt.train.optimizer import LayerwiseAdam
+from clt.train.optimizer import Optimizer
 from clt.train.reader import Batch
 from clt.train.source import Rows
 from clt.train.step import train_step
@@ -109,11 +109,11 @@ def test_step_equals_adam_on_the_joint_loss(tie: str) -> None:
     """
     shape = replace(SHAPE, tie=tie, skip=True)
     ours, theirs = make_model(shape), make_model(shape)
-    optimizer = LayerwiseAdam(ours)
+    optimizer = Optimizer(ours, "adam")
     reference = torch.optim.Adam(theirs.parameters(), lr=1e-2)
     for number in range(10):
         batch = make_batch(20, number)
-        optimizer.begin(1e-2)
+        optimizer.begin(number, 1e-2)
         train_step(ours, [batch], optimizer.apply)
         reference.zero_grad()
         naive_loss(theirs, batch, "cache").backward()
@@ -124,12 +124,12 @@ def test_step_equals_adam_on_the_joint_loss(tie: str) -> None:
 
 def test_gradient_norm_is_that_of_all_gradients() -> None:
     model, batch = make_model(), make_batch(12, 3)
-    optimizer = LayerwiseAdam(model)
-    optimizer.begin(1e-3)
+    optimizer = Optimizer(model, "adam")
+    optimizer.begin(0, 1e-3)
     found, _ = gradients(model, [batch])
     train_step(model, [batch], optimizer.apply)
     expected = sum(float(grad.square().sum()) for grad in found.values())
-    assert optimizer.square_norm == pytest.approx(expected, rel=1e-10)
+    assert optimizer.grad_norm**2 == pytest.approx(expected, rel=1e-10)
 
 
 def test_a_latent_counts_only_when_positive() -> None:

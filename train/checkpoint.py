@@ -3,7 +3,7 @@
     step-00001000/
       shape.json                          sizes of the transcoder
       layers.<l>/transcoder.safetensors   W_enc, b_enc; W_dec, b_dec, W_skip; means and scales
-      layers.<l>/optimizer.safetensors    Adam's moments of the same
+      layers.<l>/optimizer.safetensors    the optimiser's state of the same
       trainer.json, trainer.safetensors   step, tokens, place of the reader; when and how often latents fired
 
 A step folder appears whole, by a rename, and `latest` names it after that. No pickle.
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..cache_format.files import sync_folders, write_file
-from .optimizer import LayerwiseAdam
+from .optimizer import Optimizer
 from .transcoder import CrossLayerTranscoder, Shape, empty_transcoder
 
 LATEST = "latest"
@@ -39,7 +39,7 @@ class TrainerState(NamedTuple):
 
 
 def save_checkpoint(
-    run: Path, model: CrossLayerTranscoder, optimizer: LayerwiseAdam, state: TrainerState, keep: int
+    run: Path, model: CrossLayerTranscoder, optimizer: Optimizer, state: TrainerState, keep: int
 ) -> Path:
     """Write one step folder; older ones beyond `keep` go once it is in place."""
     target = run / f"step-{state.step:08d}"
@@ -81,8 +81,8 @@ def load_transcoder(path: str | Path) -> CrossLayerTranscoder:
     return model
 
 
-def restore_training(folder: Path, model: CrossLayerTranscoder, optimizer: LayerwiseAdam) -> TrainerState:
-    """Put weights and moments back; where the run stood."""
+def restore_training(folder: Path, model: CrossLayerTranscoder, optimizer: Optimizer) -> TrainerState:
+    """Put weights and the optimiser's state back; where the run stood."""
     with torch.no_grad():
         for place, layer in enumerate(model.shape.layers):
             stored = load_file(folder / f"layers.{layer}" / "transcoder.safetensors")

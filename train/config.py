@@ -13,8 +13,15 @@ DTYPES = ("float32", "float64")
 KINDS = ("text", "image", "bos", "template")
 EXCLUDABLE = (*KINDS, "sink")
 
-LR_AT_16K_LATENTS = 2e-4
-"""Adam's default; scaled by 1/sqrt(latents / 2**14), the rule of Gao et al. 2024 (arXiv 2406.04093)."""
+ROOT_RULE = "/ sqrt(latents / 16384)"
+DEFAULT_LR = {
+    "adam": (2e-4, True, "Gao et al. 2024, arXiv 2406.04093"),
+    "adam8": (2e-4, True, "Gao et al. 2024, arXiv 2406.04093"),
+    "signum": (5e-3, True, "EleutherAI's sparsify"),
+    "muon": (2e-3, False, "EleutherAI's sparsify"),
+}
+"""By optimiser: the rate, whether it shrinks with the root of the latents, and whose rule that is."""
+OPTIMIZERS = tuple(DEFAULT_LR)
 DEFAULT_WARMUP_STEPS = 1000
 DEAD_AFTER_TOKENS = 10_000_000
 
@@ -71,12 +78,17 @@ class TrainConfig:
     """Optimiser steps at most."""
     tokens: int | None = None
     """Tokens at most."""
+    optimizer: str = "adam"
+    """adam, adam8 (8-bit state), signum, or muon (matrices; Adam for vectors)."""
     lr: float | None = None
-    """Adam's learning rate; None: by the field's rule."""
+    """Learning rate; None: by the field's rule for the optimiser."""
     lr_warmup_steps: int | None = None
     """Optimiser steps of linear warm-up; None: 1000, or a tenth of a shorter run."""
     lr_schedule: str = "linear"
     """After the warm-up: linear or cosine decay to 0, or constant."""
+    max_grad_norm: float | None = None
+    """Scale down the gradients of a layer's decoder, or of its encoder, whose norm is above this; never of
+    all layers together, because they are used up one at a time."""
     kinds: tuple[str, ...] = KINDS
     """Kinds of tokens that count."""
     exclude: tuple[str, ...] = ()
@@ -104,6 +116,7 @@ class TrainConfig:
         _one_of("loss-fn", self.loss_fn, LOSS_FNS)
         _one_of("fvu-variance", self.fvu_variance, FVU_VARIANCES)
         _one_of("lr-schedule", self.lr_schedule, SCHEDULES)
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("io", self.io, IO)
         _one_of("dtype", self.dtype, DTYPES)
         for kind in self.kinds:
@@ -115,8 +128,13 @@ class TrainConfig:
                 raise ValueError(
                     f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}"
                 )
-        if self.epochs <= 0:
-            raise ValueError(f"--epochs: expected more than 0, found {self.epochs}")
+        for name in ("epochs", "lr", "max_grad_norm"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
+        if self.optimizer == "adam8" and self.dtype == "float64":
+            raise ValueError(
+                "--optimizer adam8 keeps its state in 8 bits: expected --dtype float32 or bfloat16"
+            )
 
     @property
     def step_tokens(self) -> int:
@@ -137,8 +155,15 @@ def config_from_json(data: dict[str, Any]) -> TrainConfig:
     )
 
 
-def default_lr(latents: int) -> float:
-    return float(LR_AT_16K_LATENTS / (latents / 2**14) ** 0.5)
+def default_lr(optimizer: str, latents: int) -> float:
+    rate, by_root, _ = DEFAULT_LR[optimizer]
+    return float(rate / (latents / 2**14) ** 0.5) if by_root else rate
+
+
+def lr_rule(optimizer: str) -> str:
+    """Where `default_lr` comes from, in words."""
+    rate, by_root, whose = DEFAULT_LR[optimizer]
+    return f"{rate:g}{' ' + ROOT_RULE if by_root else ''}, {whose}"
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

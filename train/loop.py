@@ -4,6 +4,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +16,18 @@ from ..cache_format.files import write_file
 from ..cache_format.layout import parse_layers
 from ..progress import Progress
 from ..stopping import StopRequested
-from .checkpoint import TrainerState, checkpoint_folder, restore_training, save_checkpoint
-from .config import DEAD_AFTER_TOKENS, DEFAULT_WARMUP_STEPS, TrainConfig, config_from_json, default_lr
+from .checkpoint import LATEST, TrainerState, checkpoint_folder, restore_training, save_checkpoint
+from .config import (
+    DEAD_AFTER_TOKENS,
+    DEFAULT_WARMUP_STEPS,
+    TrainConfig,
+    config_from_json,
+    default_lr,
+    lr_rule,
+)
+from .finite import NotFiniteError, require_finite_loss, require_finite_weights
 from .metrics import DeadLatents, FiringCounts
-from .optimizer import LayerwiseAdam, learning_rate
+from .optimizer import Optimizer, learning_rate
 from .order import predicted_partners
 from .reader import Batch, Reader
 from .run_log import RunLog
@@ -57,7 +67,7 @@ class _Run:
     def __init__(self, config: TrainConfig, source: Source, model: CrossLayerTranscoder) -> None:
         self.config, self.source, self.model = config, source, model
         self.plan = plan(config, source, model.shape.n_latents)
-        self.optimizer = LayerwiseAdam(model)
+        self.optimizer = Optimizer(model, config.optimizer, config.seed, config.max_grad_norm)
         self.reader = Reader(
             source, buffer_tokens=config.buffer_tokens, seed=config.seed, threads=config.threads
         )
@@ -79,6 +89,8 @@ class _Run:
 
     def save(self) -> Path:
         """A checkpoint, and a line of metrics.jsonl before it, so that no line is about both sides of it."""
+        with _stops_where_not_finite(self):
+            require_finite_weights(self.model)
         self.write_line()
         state = TrainerState(
             self.step, self.tokens, self.reader.state(), self.dead.since, self.firing.state()
@@ -147,7 +159,7 @@ def plan(config: TrainConfig, source: Source, n_latents: int) -> Plan:
     if warmup is None:
         warmup = min(DEFAULT_WARMUP_STEPS, steps // 10)
     dead_after = min(DEAD_AFTER_TOKENS, source.n_tokens)
-    return Plan(steps, tokens, config.lr or default_lr(n_latents), warmup, dead_after)
+    return Plan(steps, tokens, config.lr or default_lr(config.optimizer, n_latents), warmup, dead_after)
 
 
 def _one_step(run: _Run, progress: Progress) -> float:
@@ -156,24 +168,34 @@ def _one_step(run: _Run, progress: Progress) -> float:
     began, waited = time.monotonic(), run.reader.waited
     batches = _read(run)
     run.lr = learning_rate(run.step, plan.lr, plan.warmup, plan.steps, config.lr_schedule)
-    run.optimizer.begin(run.lr)
-    result = train_step(run.model, batches, run.optimizer.apply, config.fvu_variance)
-    if not torch.isfinite(result.loss):
-        layers = [str(run.source.layers[i]) for i in torch.nonzero(~torch.isfinite(result.fvu)).flatten()]
-        raise ValueError(
-            f"step {run.step}: the loss is not finite in layers {', '.join(layers)}; the last checkpoint is "
-            "kept, lower --lr or look at those layers with `clt info`"
-        )
+    run.optimizer.begin(run.step, run.lr)
+    with _stops_where_not_finite(run):
+        result = train_step(run.model, batches, run.optimizer.apply, config.fvu_variance)
+        require_finite_loss(result.fvu, run.source.layers)
     tokens = sum(len(batch) for batch in batches)
     run.step, run.tokens = run.step + 1, run.tokens + tokens
     run.dead.update(result.fired, tokens)
     run.firing.update(result.fired, tokens)
     seconds = time.monotonic() - began
     fvu = float(result.fvu.mean())
-    norm = run.optimizer.square_norm**0.5
+    norm = run.optimizer.grad_norm
     run.log.add(result, batches, grad_norm=norm, seconds=seconds, waited=run.reader.waited - waited)
     progress.add(tokens, f"FVU {fvu:.3f}")
     return fvu
+
+
+@contextmanager
+def _stops_where_not_finite(run: _Run) -> Iterator[None]:
+    """Within, NaN or infinity ends the run with words on what is left of it."""
+    try:
+        yield
+    except NotFiniteError as fault:
+        latest = run.config.run / LATEST
+        kept = f"{latest.read_text()} is its last checkpoint" if latest.exists() else "there is no checkpoint"
+        raise ValueError(
+            f"step {run.step + 1}: {fault}. The run is stopped, {kept}; lower --lr, set --max-grad-norm, or "
+            "look at that layer with `clt info`"
+        ) from fault
 
 
 def _read(run: _Run) -> list[Batch]:
@@ -227,10 +249,12 @@ def _summary(run: _Run) -> str:
         source.manifest.window,
         run.config.buffer_tokens,
     )
+    rule = f" ({lr_rule(run.config.optimizer)})" if run.config.lr is None else ""
     return (
         f"{shape.n_layers} layers, {shape.n_latents} latents each, {shape.n_pairs} decoders, "
         f"{shape.n_parameters / 1e6:.1f} M parameters; {source.n_tokens} tokens, {plan.steps} steps of "
-        f"{run.config.step_tokens}; lr {plan.lr:.2e}, warm-up {plan.warmup}; predicted shuffle m {m:.2f}"
+        f"{run.config.step_tokens}; {run.config.optimizer}, lr {plan.lr:.2e}{rule}, warm-up {plan.warmup}; "
+        f"predicted shuffle m {m:.2f}"
     )
 
 

@@ -1,68 +1,120 @@
-"""Adam for one layer at a time, and the learning rate as a function of the optimiser step."""
+"""One optimiser step, a layer at a time: once a layer's gradients are final, its weights change and they go.
+
+The rule that turns a gradient into a change is chosen by name (`rule_for`). No rule has weight decay. A
+weight in bfloat16 is changed in float32, piece by piece, and rounded stochastically.
+"""
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .adam import Adam, State
+from .adam8 import Adam8
+from .finite import NotFiniteError
+from .momentum import Muon, Signum
+from .rounding import round_into, seeded_generator
 from .transcoder import CrossLayerTranscoder
 
-SIDES = ("decoder", "encoder")
+SMALL = 4096
+"""Tensors of fewer values keep float32 state under adam8, as in bitsandbytes."""
 
 
-class LayerwiseAdam:
-    """torch's Adam, one instance for each decoder and each encoder, so that gradients can go at once."""
+class Rule(Protocol):
+    def new_state(self, weight: Tensor) -> State:
+        """State of one tensor before its first step."""
 
-    def __init__(self, model: CrossLayerTranscoder) -> None:
-        self._model = model
-        self._lr = 0.0
-        self._adams = {
-            (side, layer): torch.optim.Adam(
-                [getattr(model, name)[layer] for name in model.names(side)], lr=1.0, fused=True
-            )
-            for side in SIDES
-            for layer in range(model.shape.n_layers)
-        }
-        self.square_norm = 0.0
-        """Squared norm of all gradients since `begin`."""
+    def pieces(self, weight: Tensor, grad: Tensor, state: State) -> Iterator[tuple[Tensor, Tensor, State]]:
+        """Views that can be updated one after the other, so that temporaries stay small."""
 
-    def begin(self, lr: float) -> None:
-        """Start a step."""
-        self._lr, self.square_norm = lr, 0.0
+    def update(self, weight: Tensor, grad: Tensor, state: State, lr: float, step: int) -> None:
+        """Change a piece and its state in place; step 1 is the first. weight, grad: float32 or float64."""
+
+
+def rule_for(optimizer: str, weight: Tensor) -> Rule:
+    """What `--optimizer` does with a tensor of this shape."""
+    if optimizer == "adam8" and weight.numel() >= SMALL:
+        return Adam8()
+    if optimizer == "muon" and weight.ndim >= 2:
+        return Muon()
+    if optimizer == "signum":
+        return Signum()
+    return Adam()
+
+
+class Optimizer:
+    """State of every parameter of a transcoder, by name and layer."""
+
+    def __init__(
+        self, model: CrossLayerTranscoder, name: str, seed: int = 0, max_grad_norm: float | None = None
+    ) -> None:
+        self._model, self._name, self._seed, self._max_grad_norm = model, name, seed, max_grad_norm
+        self._states: dict[tuple[str, int], State] = {}
+        self._step, self._lr = 0, 0.0
+        self._square_norms: list[Tensor] = []
+
+    def begin(self, step: int, lr: float) -> None:
+        """Start step 0, 1, ...; its number drives Adam's bias correction and the noise of rounding."""
+        self._step, self._lr, self._square_norms = step, lr, []
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of all gradients since `begin`, before clipping."""
+        return float(torch.stack(self._square_norms).sum().sqrt())
 
     def apply(self, side: str, layer: int, grads: dict[str, Tensor]) -> None:
-        """Update one layer's parameters with their final gradients."""
-        adam = self._adams[side, layer]
+        """Update one layer's parameters, W_dec[layer] and so on, with their final gradients.
+
+        Raises NotFiniteError, and changes nothing, where a gradient is not finite. Gradients whose norm is
+        above `max_grad_norm` are scaled down: the norm of these gradients, one decoder's or one encoder's,
+        because that of all is known only when the first layers' gradients are gone.
+        """
+        norms = [torch.linalg.vector_norm(grad).double() for grad in grads.values()]
+        square = torch.stack(norms).square().sum()
+        self._square_norms.append(square)
+        if not torch.isfinite(square):
+            place = self._model.shape.layers[layer]
+            raise NotFiniteError(f"the loss, or its gradient, is not finite in layer {place} ({side})")
+        scale = 1.0
+        if self._max_grad_norm is not None:
+            scale = min(1.0, self._max_grad_norm / max(float(square) ** 0.5, 1e-30))
         for name, grad in grads.items():
-            getattr(self._model, name)[layer].grad = grad
-            self.square_norm += float(torch.linalg.vector_norm(grad)) ** 2
-        adam.param_groups[0]["lr"] = self._lr
-        adam.step()
-        adam.zero_grad(set_to_none=True)
+            self._update(name, layer, grad if scale == 1.0 else grad * scale)
+
+    def _update(self, name: str, layer: int, grad: Tensor) -> None:
+        weight = getattr(self._model, name)[layer].data
+        rule = rule_for(self._name, weight)
+        state = self._states.setdefault((name, layer), {}) or rule.new_state(weight)
+        self._states[name, layer] = state
+        noise = None
+        if weight.dtype == torch.bfloat16:
+            noise = seeded_generator(weight.device, self._seed, self._step, name, layer)
+        for part, part_grad, part_state in rule.pieces(weight, grad, state):
+            work = part.to(torch.promote_types(part.dtype, torch.float32))
+            rule.update(work, part_grad.to(work.dtype), part_state, self._lr, self._step + 1)
+            if noise is not None:
+                round_into(part, work, noise)
 
     def state(self, layer: int) -> dict[str, Tensor]:
-        """Moments of one layer's parameters; empty before the first step."""
-        tensors = {}
-        for side in SIDES:
-            state = self._adams[side, layer].state_dict()["state"]
-            for place, name in enumerate(self._model.names(side)):
-                for key, value in state.get(place, {}).items():
-                    tensors[f"{name}.{key}"] = value
-        return tensors
+        """State of one layer's parameters, as `W_dec.<name>`; empty before the first step."""
+        return {
+            f"{name}.{key}": value
+            for (name, at), state in self._states.items()
+            if at == layer
+            for key, value in state.items()
+        }
 
     def restore(self, layer: int, tensors: dict[str, Tensor]) -> None:
-        for side in SIDES:
-            adam = self._adams[side, layer]
-            state: dict[int, dict[str, Any]] = {
-                place: {
-                    key.removeprefix(f"{name}."): value
-                    for key, value in tensors.items()
-                    if key.startswith(f"{name}.")
-                }
-                for place, name in enumerate(self._model.names(side))
+        """Put back what `state` gave."""
+        for name in {key.rsplit(".", 1)[0] for key in tensors}:
+            device = getattr(self._model, name)[layer].device
+            self._states[name, layer] = {
+                key.rsplit(".", 1)[1]: value.to(device)
+                for key, value in tensors.items()
+                if key.rsplit(".", 1)[0] == name
             }
-            adam.load_state_dict({"state": state, "param_groups": adam.state_dict()["param_groups"]})
 
 
 def learning_rate(step: int, base: float, warmup: int, total: int, schedule: str) -> float:
