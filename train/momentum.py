@@ -57,7 +57,7 @@ class Muon:
 def orthogonalised(matrix: Tensor) -> Tensor:
     """U V^T of the matrix U S V^T, roughly: singular values that are not tiny end between 0.7 and 1.2."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide / (torch.linalg.vector_norm(wide) + torch.finfo(wide.dtype).tiny)
+    x: Tensor = wide / (torch.linalg.vector_norm(wide) + torch.finfo(wide.dtype).tiny)
     a, b, c = NEWTON_SCHULZ
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
