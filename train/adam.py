@@ -14,7 +14,7 @@ State = dict[str, Tensor]
 
 def slab_size(device: torch.device) -> int:
     """Values updated together: on a CPU few enough for its cache, on a GPU enough to hide a launch."""
-    return 2**23 if device.type == "cuda" else 2**18
+    return 2**23 if device.type == "cuda" else 2**20
 
 
 class Adam:
