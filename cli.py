@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import traceback
 from pathlib import Path
@@ -252,6 +253,7 @@ def _fail(fault: BaseException, code: int, debug: bool) -> NoReturn:
 
 def main() -> None:
     """Entry point; decides what the user reads and the exit code."""
+    _allow_many_files()
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
@@ -275,6 +277,12 @@ def main() -> None:
     except OSError as fault:
         _fail(_explain(fault), BAD_USAGE, debug)
     sys.exit(code if isinstance(code, int) else OK)
+
+
+def _allow_many_files() -> None:
+    """A cache of 10 M tokens has 80,000 shards; most systems allow 1,024 open files until they are asked."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _explain(fault: OSError) -> OSError | RuntimeError:

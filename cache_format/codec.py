@@ -18,7 +18,13 @@ import numpy as np
 import numpy.typing as npt
 from google_crc32c import value as crc32c
 from numcodecs import Blosc, Zstd, blosc
-from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
+from zstandard import (
+    STRATEGY_FAST,
+    ZstdCompressionParameters,
+    ZstdCompressor,
+    ZstdDecompressor,
+    ZstdError,
+)
 
 from .errors import CacheError, DamagedCacheError
 from .layout import BLOCK, n_blocks
@@ -33,6 +39,9 @@ GAUSSIAN = math.sqrt(math.pi / 2)
 
 SLAB = 1 << 17
 """Values quantised at a time, so that the temporaries stay in the processor's cache."""
+
+SMALL = 1 << 16
+"""Bytes of a chunk up to which a kept decompressor and a copy are faster than decoding into place."""
 
 _LARGEST_STEP = np.float32(np.finfo(np.float16).max)
 
@@ -139,9 +148,20 @@ def decode_chunk(stored: memoryview, out: Array) -> None:
             _BLOSC.decode(_checked_blosc(stored, out), out)
         else:
             _check_size(_zstd_content_size(stored), out)
-            _ZSTD.decode(stored, out)
-    except (RuntimeError, ValueError) as fault:
+            _decode_zstd(stored, out)
+    except (RuntimeError, ValueError, ZstdError) as fault:
         raise DamagedCacheError(f"a chunk does not decode: {fault}") from fault
+
+
+def _decode_zstd(stored: memoryview, out: Array) -> None:
+    """numcodecs decodes into place, but makes a context each time, which costs more than a small frame."""
+    if out.nbytes > SMALL:
+        _ZSTD.decode(stored, out)
+        return
+    if not hasattr(_LOCAL, "decompressor"):
+        _LOCAL.decompressor = ZstdDecompressor()
+    data = _LOCAL.decompressor.decompress(stored, allow_extra_data=False)
+    out.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
 
 
 def _checked_blosc(stored: memoryview, out: Array) -> memoryview:

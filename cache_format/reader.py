@@ -4,7 +4,8 @@
 reads no activations. A split's tokens are counted 0..len-1 in the order on disk.
 """
 
-from collections.abc import Callable, Sequence
+import resource
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -28,7 +29,10 @@ from .stored import read_manifest as read_manifest
 IO = ("mmap", "pread")
 MAX_LISTED = 20
 OPEN_SHARDS = 4096
-"""Shards kept open at a time; maps are limited by the system (65,530 on Linux)."""
+"""Shards that a split keeps open at most; maps are limited by the system (65,530 on Linux)."""
+SHARE_OF_FILES = 8
+"""A split keeps one shard open for this many files that the process may open: a mapped shard takes two, and
+several caches may be open."""
 
 
 class ChunkPlace(NamedTuple):
@@ -121,7 +125,7 @@ class Split:
         sizes = np.array([entry.tokens for entry in self.entries], np.int64)
         self._token_ends = np.cumsum(sizes)
         self._chunk_ends = np.cumsum(-(-sizes // layout.CHUNK))
-        self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._shard = lru_cache(maxsize=_open_shards())(self._open_shard)
 
     def __len__(self) -> int:
         return int(self._token_ends[-1]) if len(self._token_ends) else 0
@@ -145,17 +149,32 @@ class Split:
         window = np.array([entry.window for entry in self.entries], np.int64)[nth]
         return ChunkPlace(window, slot, np.minimum(layout.CHUNK, self._token_ends[nth] - start), start)
 
-    def decode(self, site: str, layer_index: int, window: int, slot: int, out: npt.NDArray[Any]) -> None:
-        """Stored numbers of one chunk into `out`, (CHUNK, d_model) int8 or uint16, contiguous."""
-        array = layout.values_array(self.name, site)
-        self._shard(layout.shard_file(array, window, layer_index)).decode(slot, out)
-
-    def decode_scale(
-        self, site: str, layer_index: int, window: int, slot: int, out: npt.NDArray[np.float16]
+    def decode(
+        self,
+        site: str,
+        layer_index: int,
+        places: Iterable[tuple[int, int]],
+        codes: npt.NDArray[Any],
+        scale: npt.NDArray[np.float16] | None = None,
     ) -> None:
-        """Scales of one chunk into `out`, (CHUNK, block) float16."""
-        array = layout.scale_array(self.name, site)
-        self._shard(layout.shard_file(array, window, layer_index)).decode(slot, out)
+        """Stored numbers of the chunks at (window, slot), side by side; arrays are contiguous.
+
+        codes: (chunk * CHUNK, d_model) int8 or uint16; scale: (chunk * CHUNK, block), int8 only. Thread-safe.
+        Raises DamagedCacheError with file, window, layer and site.
+        """
+        shards: dict[int, list[Shard]] = {}
+        arrays = [codes] if scale is None else [codes, scale]
+        for at, (window, slot) in enumerate(places):
+            part = slice(at * layout.CHUNK, (at + 1) * layout.CHUNK)
+            try:
+                if window not in shards:
+                    shards[window] = self._shards(site, layer_index, window)
+                for shard, array in zip(shards[window], arrays, strict=True):
+                    shard.decode(slot, array[part])
+            except DamagedCacheError as fault:
+                layer = self.manifest.layers[layer_index]
+                where = f"split {self.name}, window {window}, layer {layer}, site {site}"
+                raise DamagedCacheError(f"{where}: {fault}") from fault
 
     def read(
         self, site: str, *, layers: Sequence[int] | None = None, start: int = 0, stop: int | None = None
@@ -227,17 +246,39 @@ class Split:
         return sums, count
 
     def _values(self, site: str, layer_index: int, window: int, slot: int) -> Floats:
-        int8 = self.manifest.precision == "int8"
-        codes = np.empty((layout.CHUNK, self.manifest.d_model), np.int8 if int8 else np.uint16)
-        self.decode(site, layer_index, window, slot, codes)
-        if not int8:
-            return from_bf16_bits(codes)
+        place = [(window, slot)]
+        if self.manifest.precision == "bf16":
+            bits = np.empty((layout.CHUNK, self.manifest.d_model), np.uint16)
+            self.decode(site, layer_index, place, bits)
+            return from_bf16_bits(bits)
+        codes = np.empty((layout.CHUNK, self.manifest.d_model), np.int8)
         scale = np.empty((layout.CHUNK, self.manifest.n_blocks), np.float16)
-        self.decode_scale(site, layer_index, window, slot, scale)
+        self.decode(site, layer_index, place, codes, scale)
         return dequantise(codes, scale)
+
+    def will_need(self, site: str, layer_index: int, places: Iterable[tuple[int, int]]) -> None:
+        """Have the kernel fetch the chunks at (window, slot), which `decode` will be asked for soon."""
+        slots: dict[int, list[int]] = {}
+        for window, slot in places:
+            slots.setdefault(window, []).append(slot)
+        for window, wanted in slots.items():
+            for shard in self._shards(site, layer_index, window):
+                shard.will_need(wanted)
+
+    def _shards(self, site: str, layer_index: int, window: int) -> list[Shard]:
+        """Codes, and for int8 their scales."""
+        arrays = [layout.values_array(self.name, site)]
+        if self.manifest.precision == "int8":
+            arrays.append(layout.scale_array(self.name, site))
+        return [self._shard(layout.shard_file(array, window, layer_index)) for array in arrays]
 
     def _open_shard(self, name: str) -> Shard:
         return Shard(self.cache.path / name, self.manifest.chunks_per_window, self.cache.io)
+
+
+def _open_shards() -> int:
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(OPEN_SHARDS, allowed // SHARE_OF_FILES)
 
 
 def open_cache(path: str | Path, *, io: str = "mmap", check: bool = True) -> Cache:

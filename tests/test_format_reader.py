@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,17 +53,20 @@ def test_chunk_places_partition_the_tokens(tiny: Any) -> None:
 
 @IO
 def test_chunks_decode_to_what_read_gives(tiny: Any, io: str) -> None:
-    """decode and decode_scale deliver the stored numbers of a chunk, padded rows being zero."""
+    """decode delivers the stored numbers of chunks side by side, padded rows being zero."""
     split = open_cache(tiny.path, io=io)["val"]
     whole = split.read("mlp_out", layers=[2])[:, 0]
-    places = split.chunk_places(np.arange(split.n_chunks))
-    for window, slot, tokens, start in zip(*(column.tolist() for column in places), strict=True):
-        codes, scale = np.empty((CHUNK, 80), np.int8), np.empty((CHUNK, 2), np.float16)
-        split.decode("mlp_out", 1, window, slot, codes)
-        split.decode_scale("mlp_out", 1, window, slot, scale)
-        values = codes * np.repeat(scale.astype(np.float32), 64, axis=1)[:, :80]
-        np.testing.assert_array_equal(values[:tokens], whole[start : start + tokens])
-        assert not codes[tokens:].any()
+    chunks = np.random.default_rng(0).permutation(split.n_chunks)
+    places = split.chunk_places(chunks)
+    codes = np.empty((len(chunks) * CHUNK, 80), np.int8)
+    scale = np.empty((len(chunks) * CHUNK, 2), np.float16)
+    where = zip(places.window.tolist(), places.slot.tolist(), strict=True)
+    split.decode("mlp_out", 1, where, codes, scale)
+    values = codes * np.repeat(scale.astype(np.float32), 64, axis=1)[:, :80]
+    for at, (tokens, start) in enumerate(zip(places.tokens.tolist(), places.start.tolist(), strict=True)):
+        first = at * CHUNK
+        np.testing.assert_array_equal(values[first : first + tokens], whole[start : start + tokens])
+        assert not codes[first + tokens : first + CHUNK].any()
 
 
 @pytest.mark.parametrize(
@@ -193,3 +198,18 @@ def test_a_manifest_of_the_next_version_is_refused(tiny: Any) -> None:
     path.write_text(json.dumps(document))
     with pytest.raises(CacheError, match=r"zarr.json: this clt reads cache format 1, the cache has 2"):
         open_cache(tiny.path)
+
+
+@IO
+def test_fewer_files_may_be_open_than_there_are_shards(tiny: Any, io: str) -> None:
+    script = f"""
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+from clt.cache_format import open_cache
+split = open_cache({str(tiny.path)!r}, io={io!r})["train"]
+assert sum(len(entry.files) for entry in split.entries) > 40
+first = split.read("mlp_out")
+assert (split.read("mlp_out") == first).all()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

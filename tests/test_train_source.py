@@ -19,10 +19,10 @@ def opens(event, arguments):
     if event == "open" and str(arguments[0]).startswith(sys.argv[1]):
         opened[os.path.relpath(arguments[0], sys.argv[1])] += 1
 
-def pread(descriptor, size, offset, pread=os.pread):
-    data = pread(descriptor, size, offset)
-    read[os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), sys.argv[1])] += len(data)
-    return data
+def preadv(descriptor, buffers, offset, preadv=os.preadv):
+    size = preadv(descriptor, buffers, offset)
+    read[os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), sys.argv[1])] += size
+    return size
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +30,7 @@ from clt.cache_format import open_cache
 from clt.train.reader import Reader, read_in_order
 from clt.train.source import Source
 sys.addaudithook(opens)
-os.pread = pread
+os.preadv = preadv
 path, io = Path(sys.argv[1]), sys.argv[2]
 if sys.argv[3] == "train":
     source = Source([path], "train", layers=(1,), io=io)
@@ -56,7 +56,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def counted(cache: Path, io: str, what: str) -> tuple[dict[str, int], dict[str, int]]:
-    """(times opened, bytes read by pread) of the files of the cache."""
+    """(times opened, bytes read by preadv) of the files of the cache."""
     done = subprocess.run(
         [sys.executable, "-c", COUNTED, str(cache), io, what], capture_output=True, text=True, timeout=60
     )

@@ -18,6 +18,10 @@ SAME = 1e-6
 """Tokens whose variance is below this share of the whole's are one vector and its rounding."""
 
 
+AHEAD = 20
+"""Layers of a site that are decoded, or fetched by the kernel for that, at one time: more than threads."""
+
+
 class Selection(NamedTuple):
     """Tokens that count."""
 
@@ -155,20 +159,35 @@ class Source:
         for number, split in enumerate(self._splits):
             mine = owner == number
             windows[mine], slots[mine] = split.chunk_places(local[mine])[:2]
-        where = list(zip(owner.tolist(), windows.tolist(), slots.tolist(), strict=True))
+        places = list(zip(windows.tolist(), slots.tolist(), strict=True))
+        tasks = [(site, place) for site in SITES for place in range(len(self.layers))]
+        runs = _runs(owner)
 
-        def fill_layer(task: tuple[str, int]) -> None:
+        def will_need(task: tuple[str, int]) -> None:
             site, place = task
-            index = self._layer_indexes[place]
-            for at, (number, window, slot) in enumerate(where):
-                part = slice(at * CHUNK, (at + 1) * CHUNK)
-                split = self._splits[number]
-                split.decode(site, index, window, slot, rows.codes[site][place, part])
-                if self.manifest.precision == "int8":
-                    split.decode_scale(site, index, window, slot, rows.scales[site][place, part])
+            for owner, first, end in runs:
+                self._splits[owner].will_need(site, self._layer_indexes[place], places[first:end])
 
-        layers = range(len(self.layers))
-        _finish([pool.submit(fill_layer, (site, place)) for site in SITES for place in layers])
+        def decode(task: tuple[str, int]) -> None:
+            site, place = task
+            codes, scale = rows.codes[site][place], rows.scales[site][place]
+            for owner, first, end in runs:
+                part = slice(first * CHUNK, end * CHUNK)
+                steps = scale[part] if self.manifest.precision == "int8" else None
+                index = self._layer_indexes[place]
+                self._splits[owner].decode(site, index, places[first:end], codes[part], steps)
+
+        running: list[Future[None]] = []
+        try:
+            for number, task in enumerate(tasks):
+                if number >= AHEAD:
+                    running[number - AHEAD].result()
+                will_need(task)
+                running.append(pool.submit(decode, task))
+            for future in running:
+                future.result()
+        finally:  # where one fails the rest is cancelled, and none runs on when this raises
+            wait([future for future in running if not future.cancel()])
 
     def statistics(self, site: str, selection: Selection | None = None) -> Statistics:
         """Moments of one site over the tokens that count, of the layers in use."""
@@ -211,13 +230,10 @@ class Source:
         return np.concatenate(columns)
 
 
-def _finish(tasks: list[Future[None]]) -> None:
-    """Wait for all tasks; where one fails the rest is cancelled, and none runs on when this raises."""
-    try:
-        for task in tasks:
-            task.result()
-    finally:
-        wait([task for task in tasks if not task.cancel()])  # those that run, or did
+def _runs(owner: Ints) -> list[tuple[int, int, int]]:
+    """(owner, first, end) of each stretch of chunks of one cache."""
+    ends = [*np.flatnonzero(np.diff(owner)) + 1, len(owner)]
+    return [(int(owner[end - 1]), first, int(end)) for first, end in zip([0, *ends], ends, strict=False)]
 
 
 def has_variance(part: Statistics, whole: Statistics) -> bool:
