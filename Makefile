@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/python demo/run.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-all: .venv/ready
 	$(BIN)/python -m pytest
