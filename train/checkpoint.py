@@ -50,7 +50,7 @@ def save_checkpoint(
     for place, layer in enumerate(model.shape.layers):
         folder = partial / f"layers.{layer}"
         folder.mkdir()
-        save_file(_layer_tensors(model, place), folder / "transcoder.safetensors")
+        save_file(layer_tensors(model, place), folder / "transcoder.safetensors")
         save_file(optimizer.state(place), folder / "optimizer.safetensors")
     latents = {"tokens_since_fired": state.tokens_since_fired, **state.firing}
     save_file(latents, partial / "trainer.safetensors")
@@ -76,7 +76,7 @@ def load_transcoder(path: str | Path) -> CrossLayerTranscoder:
     with torch.no_grad():
         for place, layer in enumerate(shape.layers):
             stored = load_file(folder / f"layers.{layer}" / "transcoder.safetensors")
-            for name, tensor in _layer_tensors(model, place).items():
+            for name, tensor in layer_tensors(model, place).items():
                 tensor.copy_(stored[name])
     return model
 
@@ -86,7 +86,7 @@ def restore_training(folder: Path, model: CrossLayerTranscoder, optimizer: Optim
     with torch.no_grad():
         for place, layer in enumerate(model.shape.layers):
             stored = load_file(folder / f"layers.{layer}" / "transcoder.safetensors")
-            for name, tensor in _layer_tensors(model, place).items():
+            for name, tensor in layer_tensors(model, place).items():
                 tensor.copy_(stored[name])
             optimizer.restore(place, load_file(folder / f"layers.{layer}" / "optimizer.safetensors"))
     data = json.loads((folder / "trainer.json").read_text())
@@ -104,7 +104,7 @@ def checkpoint_folder(path: Path) -> Path:
     return path / (path / LATEST).read_text().strip()
 
 
-def _layer_tensors(model: CrossLayerTranscoder, place: int) -> dict[str, Tensor]:
+def layer_tensors(model: CrossLayerTranscoder, place: int) -> dict[str, Tensor]:
     """Everything that belongs to one layer, by the name it has in the file; shares memory with the model."""
     names = model.names("encoder") + model.names("decoder")
     tensors = {name: getattr(model, name)[place].data for name in names}

@@ -64,6 +64,8 @@ class TrainConfig:
     transcoder: TranscoderConfig
     layers: str | None = None
     """`0-31`, `0,4,8`, `0-31:4`; None: all in the cache."""
+    finetune: Path | None = None
+    """Run, or checkpoint, whose weights to start from."""
     loss_fn: str = "fvu"
     """Summed over targets: squared error over variance."""
     fvu_variance: str = "cache"
@@ -142,7 +144,8 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
-        return {**data, "caches": [str(c) for c in self.caches], "run": str(self.run)}
+        finetune = None if self.finetune is None else str(self.finetune)
+        return {**data, "caches": [str(c) for c in self.caches], "run": str(self.run), "finetune": finetune}
 
 
 def config_from_json(data: dict[str, Any]) -> TrainConfig:
@@ -150,9 +153,8 @@ def config_from_json(data: dict[str, Any]) -> TrainConfig:
     lists = {name: tuple(data[name]) for name in ("kinds", "exclude")}
     caches = tuple(Path(c) for c in data["caches"])
     transcoder = TranscoderConfig(**data["transcoder"])
-    return TrainConfig(
-        **{**data, **lists, "caches": caches, "run": Path(data["run"]), "transcoder": transcoder}
-    )
+    paths = {"run": Path(data["run"]), "finetune": data["finetune"] and Path(data["finetune"])}
+    return TrainConfig(**{**data, **lists, **paths, "caches": caches, "transcoder": transcoder})
 
 
 def default_lr(optimizer: str, latents: int) -> float:

@@ -25,6 +25,7 @@ from .config import (
     default_lr,
     lr_rule,
 )
+from .finetune import start_from
 from .finite import NotFiniteError, require_finite_loss, require_finite_weights
 from .metrics import DeadLatents, FiringCounts
 from .optimizer import Optimizer, learning_rate
@@ -104,10 +105,14 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype)
     model = new_transcoder(config.transcoder, source, dtype, config.seed).to(device)
+    if config.finetune and not (resume and (config.run / LATEST).exists()):
+        for note in start_from(model, config.finetune):
+            _say(note)
     resume = _begin_run(config, resume)
     run = _Run(config, source, model)
     if resume:
         run.restore(checkpoint_folder(config.run))
+    model.outputs.measure(source.statistics("mlp_out").variance)
     _say(_summary(run))
     if (share := source.sink_share()) > SINK_WARNING:
         _say(
@@ -224,7 +229,7 @@ def _begin_run(config: TrainConfig, resume: bool) -> bool:
                 f"{config.run} was trained otherwise; use the same settings or another --run-name. "
                 f"Differences (there -> now): {'; '.join(differing)}"
             )
-        return (config.run / "latest").exists()
+        return (config.run / LATEST).exists()
     if config.run.exists() and any(config.run.iterdir()):
         raise ValueError(f"{config.run} exists; choose another --run-name, or go on with --resume")
     config.run.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ def train_step(
 ) -> StepResult:
     """Gradients of sum_t FVU_t over all micro-batches together, handed to `apply` layer by layer.
 
-    variance "cache": the standardised variance, d_model; "batch": that of the step's own targets.
+    variance "cache": that of the standardiser; "batch": that of the step's own targets.
     """
     parts = [_MicroBatch(model, batch) for batch in batches]
     layers = range(model.shape.n_layers)
@@ -180,10 +180,9 @@ def _source(
 
 def _total_variance(parts: list[_MicroBatch], target: int, variance: str) -> Tensor:
     """What the summed squared error is divided by; holds one micro-batch's targets at a time."""
-    mean = parts[0].model.b_dec[target]
     tokens = sum(len(part.batch) for part in parts)
-    if variance == "cache":  # standardised targets have variance 1 a channel
-        return mean.new_tensor(float(tokens * len(mean)))
+    if variance == "cache":
+        return parts[0].model.outputs.variance[target] * tokens
     mean = torch.stack([part.targets(target).sum(dim=0) for part in parts]).sum(dim=0) / tokens
     centred = (part.targets(target).sub_(mean) for part in parts)
     return torch.stack([torch.linalg.vector_norm(values).square() for values in centred]).sum()

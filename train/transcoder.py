@@ -13,6 +13,7 @@ from types import EllipsisType
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -91,11 +92,20 @@ class Standardiser(nn.Module):
 
     mean: Tensor
     scale: Tensor
+    variance: Tensor
+    """(layer,): mean squared deviation of a standardised token in the cache trained on; d_model, unless
+    mean and scale come from elsewhere. Not part of checkpoints."""
 
     def __init__(self, mean: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
+        self.register_buffer("variance", torch.full_like(scale, mean.shape[1]), persistent=False)
+
+    def measure(self, variance: npt.NDArray[np.float64]) -> None:
+        """Set `variance` from a cache's own, (layer,) in squared model units."""
+        square = self.scale.double().square()
+        self.variance.copy_(torch.from_numpy(variance).to(square) / square)
 
     def apply_to(self, values: Tensor, layer: int) -> Tensor:
         """Model units to standard units, in place: (token, d_model)."""
