@@ -36,3 +36,12 @@ def make_batch(n_tokens: int, seed: int, shape: Shape = SHAPE) -> Batch:
     codes = {site: to_bf16_bits(rng.standard_normal(size, dtype=np.float32)) for site in SITES}
     scales = {site: np.zeros((*size[:2], 0), np.float16) for site in SITES}
     return Batch(Rows(codes, scales), np.arange(n_tokens))
+
+
+def joined(parts: list[Batch]) -> Batch:
+    """One batch that holds the parts' tokens, part after part."""
+    rows = Rows(
+        {site: np.concatenate([p.rows.codes[site] for p in parts], axis=1) for site in SITES},
+        {site: np.concatenate([p.rows.scales[site] for p in parts], axis=1) for site in SITES},
+    )
+    return Batch(rows, np.arange(sum(map(len, parts))))

@@ -70,7 +70,8 @@ def load_transcoder(path: str | Path) -> CrossLayerTranscoder:
     """The transcoder of a run (its latest checkpoint), or of one step folder."""
     folder = checkpoint_folder(Path(path))
     data = json.loads((folder / "shape.json").read_text())
-    shape = Shape(**{**data, "layers": tuple(data["layers"])})
+    k = tuple(data["k"]) if isinstance(data["k"], list) else data["k"]
+    shape = Shape(**{**data, "layers": tuple(data["layers"]), "k": k})
     first = load_file(folder / f"layers.{shape.layers[0]}" / "transcoder.safetensors")
     model = empty_transcoder(shape, first["W_enc"].dtype)
     with torch.no_grad():
@@ -108,6 +109,8 @@ def layer_tensors(model: CrossLayerTranscoder, place: int) -> dict[str, Tensor]:
     """Everything that belongs to one layer, by the name it has in the file; shares memory with the model."""
     names = model.names("encoder") + model.names("decoder")
     tensors = {name: getattr(model, name)[place].data for name in names}
+    if model.shape.activation == "batchtopk":
+        tensors["threshold"] = model.threshold[place]
     for name, site in (("in", model.inputs), ("out", model.outputs)):
         tensors |= {f"{name}_mean": site.mean[place], f"{name}_scale": site.scale[place]}
     return tensors

@@ -6,6 +6,11 @@ from typing import Any
 
 LOSS_FNS = ("fvu",)
 FVU_VARIANCES = ("cache", "batch")
+ACTIVATIONS = ("topk", "batchtopk", "groupmax", "relu", "jumprelu")
+WITH_K = ("topk", "batchtopk", "groupmax")
+DEFAULT_K = 32
+DEFAULT_BANDWIDTH = 2.0
+"""Of jumprelu, in standard units: epsilon of Anthropic's update of January 2025."""
 TIES = ("none", "source", "target")
 SCHEDULES = ("linear", "constant", "cosine")
 IO = ("mmap", "pread")
@@ -30,8 +35,13 @@ DEAD_AFTER_TOKENS = 10_000_000
 class TranscoderConfig:
     """The transcoder's structure; sizes that depend on the cache are in `Shape`."""
 
-    k: int = 32
-    """Latents that are active for each token and layer."""
+    activation: str = "topk"
+    """topk, batchtopk, groupmax, relu or jumprelu: see `activation`."""
+    k: int | tuple[int, ...] | None = None
+    """Latents that are active for each token and layer, or one number a layer; batchtopk: on average.
+    None: 32, or nothing for relu and jumprelu, which have no k."""
+    bandwidth: float | None = None
+    """Of jumprelu: width of the rectangle around a threshold in which it has a gradient. None: 2.0."""
     expansion_factor: int = 2
     """Latents of a layer = this times d_model, unless `latents` is given."""
     latents: int | None = None
@@ -46,13 +56,33 @@ class TranscoderConfig:
 
     def __post_init__(self) -> None:
         _one_of("tie", self.tie, TIES)
-        for name in ("k", "expansion_factor", "n_targets"):
+        _one_of("activation", self.activation, ACTIVATIONS)
+        if self.activation in WITH_K and self.k is None:
+            object.__setattr__(self, "k", DEFAULT_K)
+        if self.activation not in WITH_K and self.k is not None:
+            raise ValueError(f"--k: {self.activation} has no k; leave it out and choose --sparsity-coeff")
+        if self.activation == "jumprelu" and self.bandwidth is None:
+            object.__setattr__(self, "bandwidth", DEFAULT_BANDWIDTH)
+        if self.bandwidth is not None and (self.activation != "jumprelu" or self.bandwidth <= 0):
+            raise ValueError(
+                f"--bandwidth: expected more than 0, with --activation jumprelu, found {self.bandwidth}"
+            )
+        if any(k < 1 for k in self.every_k):
+            raise ValueError(f"--k: expected at least 1, found {self.k}")
+        for name in ("expansion_factor", "n_targets"):
             if getattr(self, name) < 1:
                 raise ValueError(
                     f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}"
                 )
-        if self.latents is not None and self.latents < self.k:
+        if self.latents is not None and self.latents < max(self.every_k, default=1):
             raise ValueError(f"--latents: expected at least k = {self.k}, found {self.latents}")
+
+    @property
+    def every_k(self) -> tuple[int, ...]:
+        """All k that are asked for."""
+        if self.k is None:
+            return ()
+        return (self.k,) if isinstance(self.k, int) else self.k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +100,14 @@ class TrainConfig:
     """Summed over targets: squared error over variance."""
     fvu_variance: str = "cache"
     """Variance that the loss is divided by: the cache's own, or the step's (as older trainers do)."""
+    sparsity_coeff: float | None = None
+    """Weight of the sparsity loss of relu and jumprelu, reached linearly over the whole run; see `losses`."""
+    auxk_alpha: float = 0.0
+    """Weight of AuxK, which lets dead latents rebuild the residual; 1/32 is usual."""
+    dead_latent_penalty: float = 0.0
+    """Weight of the loss that raises the pre-activations of dead latents; 3e-6 in the recipe."""
+    k_anneal_steps: int = 0
+    """Optimiser steps in which k falls linearly from ten times its value."""
     batch_tokens: int = 4096
     """Tokens of a micro-batch."""
     grad_acc_steps: int = 1
@@ -121,6 +159,7 @@ class TrainConfig:
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("io", self.io, IO)
         _one_of("dtype", self.dtype, DTYPES)
+        self._check_losses()
         for kind in self.kinds:
             _one_of("kinds", kind, KINDS)
         for kind in self.exclude:
@@ -138,6 +177,20 @@ class TrainConfig:
                 "--optimizer adam8 keeps its state in 8 bits: expected --dtype float32 or bfloat16"
             )
 
+    def _check_losses(self) -> None:
+        sparse = self.transcoder.activation not in WITH_K
+        name = self.transcoder.activation
+        if sparse and self.sparsity_coeff is None:
+            raise ValueError(f"--sparsity-coeff: {name} needs one, such as 1e-3; found none")
+        if not sparse and self.sparsity_coeff is not None:
+            raise ValueError(f"--sparsity-coeff: {name} is sparse by --k; expected none, or relu or jumprelu")
+        if self.k_anneal_steps and name not in ("topk", "batchtopk"):
+            raise ValueError(f"--k-anneal-steps: expected --activation topk or batchtopk, found {name}")
+        for option in ("sparsity_coeff", "auxk_alpha", "dead_latent_penalty", "k_anneal_steps"):
+            if (getattr(self, option) or 0) < 0:
+                found = getattr(self, option)
+                raise ValueError(f"--{option.replace('_', '-')}: expected at least 0, found {found}")
+
     @property
     def step_tokens(self) -> int:
         return self.batch_tokens * self.grad_acc_steps
@@ -152,7 +205,8 @@ def config_from_json(data: dict[str, Any]) -> TrainConfig:
     """The config of a run's config.json; raises TypeError on fields that this version does not know."""
     lists = {name: tuple(data[name]) for name in ("kinds", "exclude")}
     caches = tuple(Path(c) for c in data["caches"])
-    transcoder = TranscoderConfig(**data["transcoder"])
+    k = data["transcoder"]["k"]
+    transcoder = TranscoderConfig(**{**data["transcoder"], "k": tuple(k) if isinstance(k, list) else k})
     paths = {"run": Path(data["run"]), "finetune": data["finetune"] and Path(data["finetune"])}
     return TrainConfig(**{**data, **lists, **paths, "caches": caches, "transcoder": transcoder})
 

@@ -33,7 +33,7 @@ class Codes:
     def rectangle(cls, values: Tensor, indices: Tensor, n_latents: int) -> "Codes":
         """The same number for each token: both (token, k), indices ascending in each row."""
         tokens, k = values.shape
-        starts = torch.arange(0, tokens * k + 1, k, dtype=torch.int32, device=values.device)
+        starts = torch.arange(tokens + 1, dtype=torch.int32, device=values.device) * k
         return cls(starts, indices.flatten().int(), values.flatten(), n_latents)
 
     @classmethod
@@ -53,6 +53,12 @@ class Codes:
         out = self.values.new_zeros(self.n_tokens, self.n_latents)
         return out.index_put_((self.tokens, self.columns), self.values, accumulate=True)
 
+    def where(self, kept: Tensor) -> "Codes":
+        """The codes for which `kept` (code,) is True."""
+        before = torch.zeros(len(kept) + 1, dtype=torch.int32, device=kept.device)
+        before[1:] = kept.cumsum(0)
+        return Codes(before[self.starts], self.columns[kept], self.values[kept], self.n_latents)
+
     def decode(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """A @ weight: (latent, d) -> (token, d); added to `out` where that is given."""
         return _product(self._matrix, weight, out, add=True)
@@ -62,7 +68,7 @@ class Codes:
         return _product(self._transposed_matrix, grad, out, add)
 
     def code_grad(self, grad: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """For each code, its latent's row of weight times its token's row of grad; added to `out`. (code,)"""
+        """For each code, its latent's row of weight times its token's row of grad; added to `out` (code,)."""
         out = torch.zeros_like(self.values) if out is None else out
         places = _csr(self.starts, self.columns, out, self._size)  # shares the memory of `out`
         torch.sparse.sampled_addmm(places, grad, weight.T, out=places)

@@ -7,7 +7,7 @@ each encoder gets one sparse backward pass. A decoder tied by source serves n_ta
 after the last of them; n_targets gradients are held then.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import EllipsisType
 from typing import NamedTuple
 
@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from .activation import through_relu
+from .losses import Extras, Penalties, auxk_width, dead_codes
 from .reader import Batch
 from .sparse import Codes
 from .transcoder import CrossLayerTranscoder, Term
 
 Apply = Callable[[str, int, dict[str, Tensor]], None]
 """Told (kind of layer: "decoder" or "encoder", its place, gradients by parameter) once these are final."""
+
+
+NOTHING = Extras()
 
 
 class StepResult(NamedTuple):
@@ -33,18 +37,24 @@ class StepResult(NamedTuple):
     square_error: Tensor
     """(layer, token): squared error of each standardised target, over all micro-batches"""
 
+    extra: dict[str, Tensor]
+    """losses beside FVU, weight included: those of sparsity, auxk and dead_latents that are in use"""
+
     @property
     def loss(self) -> Tensor:
-        return self.fvu.sum()
+        return torch.stack([self.fvu.sum(), *self.extra.values()]).sum()
 
 
 class _MicroBatch:
-    """Values of one micro-batch, made from stored numbers when asked, and its codes."""
+    """Values of one micro-batch, made from stored numbers when asked, and its codes by source."""
 
     def __init__(self, model: CrossLayerTranscoder, batch: Batch) -> None:
         self.model, self.batch = model, batch
-        self.codes = {s: self._encode(s) for s in range(model.shape.n_layers)}
-        self.code_grads = {s: torch.zeros_like(codes.values) for s, codes in self.codes.items()}
+        self.codes: dict[int, Codes] = {}
+        self.code_grads: dict[int, Tensor] = {}
+        self.dead_codes: dict[int, Codes] = {}
+        """AuxK's"""
+        self.dead_code_grads: dict[int, Tensor] = {}
 
     def inputs(self, layer: int) -> Tensor:
         mean = self.model.inputs.mean
@@ -56,39 +66,35 @@ class _MicroBatch:
             self.batch.values("mlp_out", layer, mean.device, mean.dtype), layer
         )
 
-    def add_code_grads(self, term: Term, grad: Tensor, weight: Tensor) -> None:
-        """What one product wants of its sources' codes."""
-        codes = term.merged.codes
-        if len(term.sources) == 1:
-            codes.code_grad(grad, weight, out=self.code_grads[term.sources[0]])
-            return
-        changes = term.merged.split(codes.code_grad(grad, weight))
-        for source, change in zip(term.sources, changes, strict=True):
-            self.code_grads[source] += change
-
-    def _encode(self, source: int) -> Codes:
-        return self.model.encode_layer(self.inputs(source), source)
-
 
 @torch.no_grad()
 def train_step(
-    model: CrossLayerTranscoder, batches: Sequence[Batch], apply: Apply, variance: str = "cache"
+    model: CrossLayerTranscoder,
+    batches: Sequence[Batch],
+    apply: Apply,
+    variance: str = "cache",
+    extras: Extras = NOTHING,
 ) -> StepResult:
-    """Gradients of sum_t FVU_t over all micro-batches together, handed to `apply` layer by layer.
+    """Gradients of sum_t FVU_t and `extras`, of all micro-batches together, handed to `apply` layer by layer.
 
     variance "cache": that of the standardiser; "batch": that of the step's own targets.
     """
     parts = [_MicroBatch(model, batch) for batch in batches]
-    layers = range(model.shape.n_layers)
-    room = _Room(model)
-    decoders = _DecoderGrads(model, apply, room)
-    fvu, errors = zip(*(_target(model, parts, target, decoders, variance) for target in layers), strict=True)
+    layers, tokens = range(model.shape.n_layers), sum(map(len, batches))
+    penalties, auxk = Penalties(model, extras, tokens), _AuxK(model, extras)
     for source in layers:
-        _source(model, parts, source, apply, room)
-    tokens = sum(len(part.batch) for part in parts)
+        _encode(model, parts, source, extras, penalties)
+    room = _Room(model)
+    decoders = _DecoderGrads(model, apply, penalties, room)
+    fvu, errors = zip(
+        *(_target(model, parts, target, decoders, variance, auxk) for target in layers), strict=True
+    )
+    for source in layers:
+        _source(model, parts, source, penalties, apply, room)
     l0 = torch.stack([sum(((p.codes[s].values > 0).sum() for p in parts), torch.tensor(0)) for s in layers])
     fired = torch.stack([_fired(parts, s) for s in layers])
-    return StepResult(torch.stack(fvu), l0 / tokens, fired, torch.stack(errors))
+    extra = penalties.values | auxk.values
+    return StepResult(torch.stack(fvu), l0 / tokens, fired, torch.stack(errors), extra)
 
 
 class _Room:
@@ -110,8 +116,8 @@ class _Room:
 class _DecoderGrads:
     """Gradients of the decoders that later targets still add to."""
 
-    def __init__(self, model: CrossLayerTranscoder, apply: Apply, room: _Room) -> None:
-        self.model, self.apply, self.room = model, apply, room
+    def __init__(self, model: CrossLayerTranscoder, apply: Apply, penalties: Penalties, room: _Room) -> None:
+        self.model, self.apply, self.penalties, self.room = model, apply, penalties, room
         self.held: dict[int, dict[str, Tensor]] = {}
         self.written: set[tuple[int, int | EllipsisType]] = set()
 
@@ -126,13 +132,23 @@ class _DecoderGrads:
         mine["b_dec"] += grad.sum(dim=0)
         if self.model.shape.skip:
             mine["W_skip"].addmm_(grad.T, part.inputs(target))
+        self.add_terms(grad, terms)
+
+    def add_terms(self, grad: Tensor, terms: list[Term]) -> None:
+        """That of W_dec alone."""
         for term in terms:
-            place, out = (term.layer, term.slot), self.held[term.layer]["W_dec"][term.slot]
-            term.merged.codes.weight_grad(grad, out, add=place in self.written)
+            place = (term.layer, term.slot)
+            whole = self.held[term.layer]["W_dec"][term.slot]
+            term.merged.codes.weight_grad(grad, whole, add=place in self.written)
             self.written.add(place)
 
     def finish(self, target: int) -> None:
         """Hand over those that no target after this one adds to."""
+        for source in self.model.shape.sources(target):
+            penalty = self.penalties.decoder_grad(source, self.model.decoder(source, target))
+            if penalty is not None:
+                layer, slot = self.model.shape.decoder_place(source, target)
+                self.held[layer]["W_dec"][slot] += penalty
         for layer in [held for held in self.held if self.model.shape.last_target(held) == target]:
             grads = self.held.pop(layer)
             self.apply("decoder", layer, grads)
@@ -140,7 +156,12 @@ class _DecoderGrads:
 
 
 def _target(
-    model: CrossLayerTranscoder, parts: list[_MicroBatch], target: int, decoders: _DecoderGrads, variance: str
+    model: CrossLayerTranscoder,
+    parts: list[_MicroBatch],
+    target: int,
+    decoders: _DecoderGrads,
+    variance: str,
+    auxk: "_AuxK",
 ) -> tuple[Tensor, Tensor]:
     """Decode one target, use up its gradients, and add what it wants of its sources' codes.
 
@@ -155,25 +176,102 @@ def _target(
         if model.shape.skip:
             error.addmm_(part.inputs(target), model.W_skip[target].T)
         errors.append(torch.linalg.vector_norm(error, dim=1).square_())
+        auxk.add(part, target, error, scale, decoders)
         grad = error.mul_(2 * scale)
         decoders.add(target, part, grad, terms)
-        for term in terms:
-            part.add_code_grads(term, grad, model.W_dec[term.layer][term.slot])
+        _toward_codes(model, grad, terms, part.codes, part.code_grads)
     decoders.finish(target)
     per_token = torch.cat(errors)
     return per_token.sum() * scale, per_token
 
 
+def _toward_codes(
+    model: CrossLayerTranscoder,
+    grad: Tensor,
+    terms: list[Term],
+    codes: dict[int, Codes],
+    code_grads: dict[int, Tensor],
+) -> None:
+    """Add to the gradient of each source's codes, from `grad` (token, d_model) of a target's output."""
+    for term in terms:
+        for source in term.sources:
+            codes[source].code_grad(grad, model.W_dec[term.layer][term.slot], code_grads[source])
+
+
+class _AuxK:
+    """The loss of dead latents that rebuild what is left of each target."""
+
+    def __init__(self, model: CrossLayerTranscoder, extras: Extras) -> None:
+        self.model, self.dead = model, extras.dead
+        self.weight = extras.auxk
+        self.values = {"auxk": model.inputs.mean.new_zeros(())} if self.weight else {}
+
+    def add(
+        self, part: _MicroBatch, target: int, error: Tensor, scale: Tensor, decoders: _DecoderGrads
+    ) -> None:
+        """One micro-batch's. error (token, d_model): prediction minus truth, fixed; scale: 1 / variance."""
+        if not part.dead_codes:
+            return
+        assert self.dead is not None
+        sources = self.model.shape.sources(target)
+        n_dead = int(self.dead[sources.start : sources.stop].sum())
+        weight = self.weight * scale * min(n_dead / auxk_width(self.model.shape.d_model), 1)
+        terms = self.model.terms(part.dead_codes, target)
+        left = error.clone()
+        for term in terms:
+            left = term.merged.codes.decode(self.model.W_dec[term.layer][term.slot], left)
+        self.values["auxk"] += left.square().sum() * weight
+        grad = left.mul_(2 * weight)
+        decoders.add_terms(grad, terms)
+        _toward_codes(self.model, grad, terms, part.dead_codes, part.dead_code_grads)
+
+
+def _encode(
+    model: CrossLayerTranscoder, parts: list[_MicroBatch], source: int, extras: Extras, penalties: Penalties
+) -> None:
+    """Codes of one source for all micro-batches."""
+
+    def pres() -> Iterator[Tensor]:
+        for part in parts:
+            pre = model.pre_activations(part.inputs(source), source)
+            penalties.of_dead(source, pre)
+            if extras.auxk and extras.dead is not None:
+                dead = dead_codes(pre, extras.dead[source], auxk_width(model.shape.d_model))
+                part.dead_codes[source], part.dead_code_grads[source] = dead, torch.zeros_like(dead.values)
+            yield pre
+
+    activation = model.activation(source, extras.k[source] if extras.k else None)
+    tokens = sum(len(part.batch) for part in parts)
+    for part, codes in zip(parts, activation.train(pres(), tokens), strict=True):
+        part.codes[source] = codes
+        part.code_grads[source] = penalties.of_codes(source, codes)
+
+
 def _source(
-    model: CrossLayerTranscoder, parts: list[_MicroBatch], source: int, apply: Apply, room: _Room
+    model: CrossLayerTranscoder,
+    parts: list[_MicroBatch],
+    source: int,
+    penalties: Penalties,
+    apply: Apply,
+    room: _Room,
 ) -> None:
     """One backward pass of one encoder, from the summed gradient of its codes."""
-    grads = {"W_enc": room.take(model.W_enc[source]), "b_enc": torch.zeros_like(model.b_enc[source])}
+    grads = {name: torch.zeros_like(getattr(model, name)[source]) for name in model.names("encoder")[1:]}
+    grads["W_enc"] = room.take(model.W_enc[source])
+    activation = model.activation(source)
     for number, part in enumerate(parts):
-        codes = part.codes[source]
-        pre_grad = through_relu(codes, part.code_grads[source])
-        _, bias = codes.encoder_grad(pre_grad, part.inputs(source), grads["W_enc"], add=number > 0)
-        grads["b_enc"] += bias
+        codes, inputs = part.codes[source], part.inputs(source)
+        pre_grad, own = activation.backward(codes, part.code_grads[source])
+        passes = [(codes, pre_grad)]
+        if source in part.dead_codes:
+            dead = part.dead_codes[source]
+            passes.append((dead, through_relu(dead, part.dead_code_grads[source])))
+        for place, (each, grad) in enumerate(passes):
+            _, bias = each.encoder_grad(grad, inputs, grads["W_enc"], add=number + place > 0)
+            grads["b_enc"] += bias
+        for name, grad in own.items():
+            grads[name] += grad
+        penalties.add_encoder(source, inputs, grads)
     apply("encoder", source, grads)
     room.give_back(grads["W_enc"])
 

@@ -1,6 +1,6 @@
 """The cross-layer transcoder: source layers read MLP inputs, and write to their own and later MLP outputs.
 
-    a_s = topk(relu(W_enc[s] x_s + b_enc[s]))
+    a_s = activation(W_enc[s] x_s + b_enc[s])       (see activation.py)
     y_t = sum over s with t - n_targets < s <= t of  a_s W_dec[s, t]  +  b_dec[t]  (+ W_skip[t] x_t)
 
 With tie "source" W_dec[s, t] is the same for all t, with "target" for all s.
@@ -8,6 +8,7 @@ With tie "source" W_dec[s, t] is the same for all t, with "target" for all s.
 cache's mean, over the root mean square deviation of a value. `forward` takes and gives model units.
 """
 
+import math
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import NamedTuple
@@ -19,10 +20,13 @@ from torch import Tensor, nn
 
 from ..cache_format.layout import SITES
 from ..cache_format.statistics import Statistics
-from .activation import top_k
+from .activation import Activation, BatchTopK, GroupMax, JumpRelu, Relu, TopK
 from .config import TranscoderConfig
 from .source import Source
 from .sparse import Codes, Merged, merge
+
+FIRST_THRESHOLD = 0.1
+"""Of jumprelu, as in Anthropic's update of January 2025."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +38,48 @@ class Shape:
     d_model: int
     n_latents: int
     """Of each layer."""
-    k: int
+    k: int | tuple[int, ...] | None
+    """Active latents of a token in every layer, or by layer; None where the activation has no k."""
     n_targets: int
     tie: str = "none"
     """none, source or target: see `TranscoderConfig`"""
     skip: bool = False
     """Whether each target has a linear map of its own layer's input"""
+    activation: str = "topk"
+    bandwidth: float | None = None
+    """Of jumprelu's straight-through gradient."""
 
     @classmethod
     def of(cls, config: TranscoderConfig, layers: tuple[int, ...], d_model: int) -> "Shape":
         latents = config.latents or config.expansion_factor * d_model
-        if config.k > latents:
-            raise ValueError(f"--k: expected at most the {latents} latents of a layer, found {config.k}")
-        return cls(layers, d_model, latents, config.k, config.n_targets, config.tie, config.skip_connection)
+        c = config
+        shape = cls(
+            layers, d_model, latents, c.k, c.n_targets, c.tie, c.skip_connection, c.activation, c.bandwidth
+        )
+        if isinstance(c.k, tuple) and len(c.k) != len(layers):
+            raise ValueError(
+                f"--k: expected one number, or one for each of {len(layers)} layers, found {c.k}"
+            )
+        if max(shape.layer_k, default=0) > latents:
+            raise ValueError(f"--k: expected at most the {latents} latents of a layer, found {c.k}")
+        if c.activation == "groupmax" and any(latents % k for k in shape.layer_k):
+            raise ValueError(f"--k: groupmax expects a divisor of the {latents} latents, found {c.k}")
+        return shape
 
     @property
     def n_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def layer_k(self) -> tuple[int, ...]:
+        """By layer; empty where the activation has no k."""
+        if self.k is None:
+            return ()
+        return (self.k,) * self.n_layers if isinstance(self.k, int) else self.k
+
+    def targets(self, source: int) -> range:
+        """Targets that the source writes to, its own layer first."""
+        return range(source, min(source + self.n_targets, self.n_layers))
 
     def sources(self, target: int) -> range:
         """Sources that write to `target`, oldest first."""
@@ -67,7 +96,8 @@ class Shape:
 
     @property
     def n_parameters(self) -> int:
-        per_latent = self.n_layers * (self.d_model + 1) + self.n_decoders * self.d_model
+        encoder = self.d_model + 1 + (self.activation == "jumprelu")
+        per_latent = self.n_layers * encoder + self.n_decoders * self.d_model
         per_target = self.d_model + self.skip * self.d_model**2
         return self.n_latents * per_latent + self.n_layers * per_target
 
@@ -127,11 +157,14 @@ class Term(NamedTuple):
 class CrossLayerTranscoder(nn.Module):
     """Parameters by layer, so that a step can hold, update and save one layer at a time.
 
-    W_enc[s] (latent, d_model), b_enc[s] (latent,), b_dec[t] (d_model,), W_skip[t] (d_model out, d_model in)
+    W_enc[s] (latent, d_model), b_enc[s] and (jumprelu) log_threshold[s] (latent,), b_dec[t] (d_model,),
+    W_skip[t] (d_model out, d_model in)
     where the shape has a skip. W_dec[t] (source, latent, d_model) with the sources of `shape.sources(t)`;
     tied, W_dec[layer] (latent, d_model): `decoder` finds the one of a pair. Decoders and skips start at zero,
-    encoders uniform in +-1/sqrt(d_model).
+    encoders uniform in +-1/sqrt(d_model), thresholds at 0.1. `threshold` (layer,) is batchtopk's running one.
     """
+
+    threshold: Tensor
 
     def __init__(self, shape: Shape, inputs: Standardiser, outputs: Standardiser, seed: int = 0) -> None:
         super().__init__()
@@ -148,18 +181,49 @@ class CrossLayerTranscoder(nn.Module):
         self.W_dec = parameters(*[shape.decoder_size(layer) for layer in layers])
         self.b_dec = parameters(*[(width,) for _ in layers])
         self.W_skip = parameters(*[(width, width) for _ in layers if shape.skip])
+        jumps = shape.activation == "jumprelu"
+        self.log_threshold = parameters(*[(latents,) for _ in layers if jumps])
+        for log_threshold in self.log_threshold:
+            nn.init.constant_(log_threshold, math.log(FIRST_THRESHOLD))
+        if shape.activation == "batchtopk":
+            self.register_buffer("threshold", torch.zeros(shape.n_layers, dtype=inputs.mean.dtype))
         for weight in self.W_enc:
             nn.init.uniform_(weight, -bound, bound, generator=random)
 
     def encode_layer(self, standard: Tensor, source: int) -> Codes:
         """Codes of one source from its standardised inputs (token, d_model)."""
-        pre = torch.addmm(self.b_enc[source], standard, self.W_enc[source].T)
-        return top_k(pre, self.shape.k)
+        return self.activation(source).infer(self.pre_activations(standard, source))
+
+    def pre_activations(self, standard: Tensor, source: int) -> Tensor:
+        """(token, latent) from standardised inputs (token, d_model)."""
+        pre: Tensor = torch.addmm(self.b_enc[source], standard, self.W_enc[source].T)
+        return pre
+
+    def activation(self, source: int, k: int | None = None) -> Activation:
+        """The source's, as its parameters are now; k: instead of the shape's."""
+        name = self.shape.activation
+        if name == "relu":
+            return Relu()
+        if name == "jumprelu":
+            assert self.shape.bandwidth is not None
+            return JumpRelu(self.log_threshold[source], self.shape.bandwidth)
+        k = k or self.shape.layer_k[source]
+        if name == "batchtopk":
+            return BatchTopK(k, self.threshold[source])
+        return GroupMax(k) if name == "groupmax" else TopK(k)
+
+    def theta(self, source: int) -> Tensor:
+        """(latent,): up to it a latent is never active."""
+        if self.shape.activation == "jumprelu":
+            theta: Tensor = self.log_threshold[source].exp()
+            return theta
+        return torch.zeros_like(self.b_enc[source])
 
     def names(self, side: str) -> tuple[str, ...]:
         """Parameters that belong to one layer's "encoder" or "decoder", and are updated together."""
         if side == "encoder":
-            return ("W_enc", "b_enc")
+            jumps = self.shape.activation == "jumprelu"
+            return ("W_enc", "b_enc", "log_threshold") if jumps else ("W_enc", "b_enc")
         return ("W_dec", "b_dec", "W_skip") if self.shape.skip else ("W_dec", "b_dec")
 
     def decoder(self, source: int, target: int) -> Tensor:
