@@ -142,7 +142,21 @@ def train_command(
     caches: Annotated[list[Path], typer.Argument(help="one or more caches of one identity")],
     run_name: Annotated[str, typer.Option(help="writes checkpoints/NAME")],
     out: Annotated[Path | None, typer.Option(help="run folder instead of checkpoints/NAME")] = None,
-    k: Annotated[int, typer.Option(help="active latents of a token and layer")] = 32,
+    activation: Annotated[str, typer.Option(help="topk, batchtopk, groupmax, relu or jumprelu")] = "topk",
+    k: Annotated[
+        str | None, typer.Option(help="active latents of a token: a number, or one a layer [default: 32]")
+    ] = None,
+    k_anneal_steps: Annotated[int, typer.Option(help="steps in which k falls from ten times its value")] = 0,
+    bandwidth: Annotated[
+        float | None, typer.Option(help="of jumprelu's straight-through gradient [default: 2]")
+    ] = None,
+    sparsity_coeff: Annotated[
+        float | None, typer.Option(help="weight of relu's and jumprelu's sparsity loss")
+    ] = None,
+    auxk_alpha: Annotated[float, typer.Option(help="weight of AuxK; 0.03125 is usual")] = 0.0,
+    dead_latent_penalty: Annotated[
+        float, typer.Option(help="weight of the loss that revives dead latents")
+    ] = 0.0,
     expansion_factor: Annotated[int, typer.Option(help="latents of a layer / d_model")] = 2,
     latents: Annotated[
         int | None, typer.Option(help="latents of a layer, instead of --expansion-factor")
@@ -195,8 +209,17 @@ def train_command(
     as_json: AsJson = False,
 ) -> None:
     """Fit a cross-layer transcoder from caches; needs neither the model nor its libraries."""
-    structure = ("k", "expansion_factor", "latents", "n_targets", "tie", "skip_connection")
-    given = dict(locals())
+    structure = (
+        "activation",
+        "k",
+        "bandwidth",
+        "expansion_factor",
+        "latents",
+        "n_targets",
+        "tie",
+        "skip_connection",
+    )
+    given = {**locals(), "k": _k(k)}
     rest = set(given) - {*structure, "structure", "run_name", "out", "resume", "as_json"}
     settings: dict[str, Any] = {name: given[name] for name in rest}
     settings |= {"caches": tuple(caches), "kinds": _names(kinds), "exclude": _names(exclude)}
@@ -234,6 +257,17 @@ def eval_command(
     evaluation = evaluate(model, source, threads=threads)
     layers = model.shape.layers
     _answer(as_json, evaluation.to_json(layers), render_evaluation(evaluation, layers))
+
+
+def _k(text: str | None) -> int | tuple[int, ...] | None:
+    """`32`, or `16,16,32`: one a layer."""
+    try:
+        numbers = tuple(int(part) for part in _names(text))
+    except ValueError:
+        raise ValueError(
+            f"--k: expected a number, or one for each layer as in 16,16,32, found {text!r}"
+        ) from None
+    return (numbers[0] if len(numbers) == 1 else numbers) if numbers else None
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -20,9 +20,10 @@ from torch import Tensor
 from clt.cache_format.layout import BLOCK, SITES
 from clt.train.optimizer import Optimizer
 from clt.train.reader import Batch
+from clt.train.shape import Shape
 from clt.train.source import Rows
 from clt.train.step import train_step
-from clt.train.transcoder import CrossLayerTranscoder, Shape, Standardiser
+from clt.train.transcoder import CrossLayerTranscoder, Standardiser
 
 SHAPES = {
     576: Shape(tuple(range(8)), d_model=576, n_latents=1152, k=32, n_targets=8),  # SmolLM2's width

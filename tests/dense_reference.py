@@ -84,7 +84,9 @@ def dense_loss(
         predicted = model.b_dec[t] + sum(codes[s] @ decoder(model, s, t) for s in sources)
         if shape.skip:
             predicted = predicted + standard("mlp_in", t) @ model.W_skip[t].T
-        total = y.numel() if variance == "cache" else (y - y.mean(dim=0)).square().sum()
+        total = (
+            len(y) * model.outputs.variance[t] if variance == "cache" else (y - y.mean(dim=0)).square().sum()
+        )
         losses["fvu"] = losses["fvu"] + (y - predicted).square().sum() / total
         rebuilt = sum(dead_codes[s] @ decoder(model, s, t) for s in sources)
         share = min(1.0, float(dead[sources].sum()) / (shape.d_model // 2))

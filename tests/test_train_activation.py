@@ -10,8 +10,9 @@ from torch import Tensor
 
 from clt.train.losses import Extras
 from clt.train.reader import Batch
+from clt.train.shape import Shape
 from clt.train.step import StepResult, train_step
-from clt.train.transcoder import CrossLayerTranscoder, Shape
+from clt.train.transcoder import CrossLayerTranscoder
 
 SHAPES = {
     "topk": SHAPE,

@@ -12,8 +12,9 @@ from hypothesis.extra.numpy import arrays
 from tiny_transcoder import SHAPE, make_model
 
 from clt.train.activation import top_k
+from clt.train.shape import Shape
 from clt.train.sparse import Codes, merge
-from clt.train.transcoder import CrossLayerTranscoder, Shape
+from clt.train.transcoder import CrossLayerTranscoder
 
 
 @pytest.mark.parametrize("skip", [False, True])

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..cache_format.files import sync_folders, write_file
 from .optimizer import Optimizer
-from .transcoder import CrossLayerTranscoder, Shape, empty_transcoder
+from .shape import Shape
+from .transcoder import CrossLayerTranscoder, empty_transcoder
 
 LATEST = "latest"
 

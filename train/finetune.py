@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from .checkpoint import layer_tensors, load_transcoder
-from .transcoder import CrossLayerTranscoder, Shape
+from .shape import Shape
+from .transcoder import CrossLayerTranscoder
 
 
 @torch.no_grad()

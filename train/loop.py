@@ -27,6 +27,7 @@ from .config import (
 )
 from .finetune import start_from
 from .finite import NotFiniteError, require_finite_loss, require_finite_weights
+from .losses import Extras
 from .metrics import DeadLatents, FiringCounts
 from .optimizer import Optimizer, learning_rate
 from .order import predicted_partners
@@ -40,6 +41,8 @@ FREE_TO_CHANGE = ("save_every", "keep", "log_every", "threads", "io", "run")
 """Settings that a resumed run may have otherwise: they do not change the weights."""
 
 
+ANNEAL_FROM = 10
+"""k begins at this times its value, as in clt-training."""
 SINK_WARNING = 0.5
 """Warn when sinks hold more than this share of a layer's variance."""
 
@@ -86,7 +89,26 @@ class _Run:
         self.reader.restore(state.reader)
 
     def write_line(self) -> None:
-        self.log.write(self.step, self.tokens, self.lr, self.config.transcoder.k, self.dead)
+        k = self.model.shape.layer_k and self.k(max(self.step - 1, 0))
+        self.log.write(self.step, self.tokens, self.lr, sum(k) / len(k) if k else None, self.dead)
+
+    def k(self, step: int) -> tuple[int, ...]:
+        """By layer, of one optimiser step 0, 1, ..."""
+        shape = self.model.shape
+        return tuple(annealed(k, step, self.config.k_anneal_steps, shape.n_latents) for k in shape.layer_k)
+
+    def extras(self) -> Extras:
+        """What the next step does beside FVU."""
+        config, dead = self.config, None
+        if config.auxk_alpha or config.dead_latent_penalty:
+            dead = (self.dead.since >= self.dead.after_tokens).to(self.model.inputs.mean.device)
+        return Extras(
+            sparsity=(config.sparsity_coeff or 0.0) * (self.step + 1) / self.plan.steps,
+            auxk=config.auxk_alpha,
+            dead_latents=config.dead_latent_penalty,
+            dead=dead,
+            k=self.k(self.step),
+        )
 
     def save(self) -> Path:
         """A checkpoint, and a line of metrics.jsonl before it, so that no line is about both sides of it."""
@@ -175,7 +197,7 @@ def _one_step(run: _Run, progress: Progress) -> float:
     run.lr = learning_rate(run.step, plan.lr, plan.warmup, plan.steps, config.lr_schedule)
     run.optimizer.begin(run.step, run.lr)
     with _stops_where_not_finite(run):
-        result = train_step(run.model, batches, run.optimizer.apply, config.fvu_variance)
+        result = train_step(run.model, batches, run.optimizer.apply, config.fvu_variance, run.extras())
         require_finite_loss(result.fvu, run.source.layers)
     tokens = sum(len(batch) for batch in batches)
     run.step, run.tokens = run.step + 1, run.tokens + tokens
@@ -201,6 +223,12 @@ def _stops_where_not_finite(run: _Run) -> Iterator[None]:
             f"step {run.step + 1}: {fault}. The run is stopped, {kept}; lower --lr, set --max-grad-norm, or "
             "look at that layer with `clt info`"
         ) from fault
+
+
+def annealed(k: int, step: int, anneal_steps: int, n_latents: int) -> int:
+    """k of an optimiser step while it falls linearly from ten times k, or all latents, to k."""
+    first = min(n_latents, ANNEAL_FROM * k)
+    return k if step >= anneal_steps else round(first + (k - first) * step / anneal_steps)
 
 
 def _read(run: _Run) -> list[Batch]:

@@ -106,6 +106,7 @@ class StepAverages:
         self._tokens = self._steps = 0
         self._loss = self._grad_norm = self._partners = self._seconds = self._waited = 0.0
         self._fvu, self._l0 = np.zeros(len(self._layers)), np.zeros(len(self._layers))
+        self._extra: dict[str, float] = {}
         self._error = {kind: np.zeros(len(self._layers)) for kind in self._variance.kinds}
         self._count = dict.fromkeys(self._variance.kinds, 0)
 
@@ -120,6 +121,8 @@ class StepAverages:
         tokens = sum(len(batch) for batch in batches)
         self._steps, self._tokens = self._steps + 1, self._tokens + tokens
         self._loss += tokens * float(result.loss)
+        for name, value in result.extra.items():
+            self._extra[name] = self._extra.get(name, 0.0) + tokens * float(value)
         self._fvu += tokens * _doubles(result.fvu)
         self._l0 += tokens * _doubles(result.l0)
         self._grad_norm += grad_norm
@@ -138,6 +141,7 @@ class StepAverages:
         seen = [kind for kind, count in self._count.items() if count]
         numbers = {
             "loss": self._loss / tokens,
+            **{name: value / tokens for name, value in self._extra.items()},
             "fvu": float(fvu.mean()),
             **{f"fvu/{layer}": float(v) for layer, v in zip(self._layers, fvu, strict=True)},
             **{f"fvu_kind/{k}": self._variance.fvu(k, self._error[k] / self._count[k]) for k in seen},

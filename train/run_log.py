@@ -31,8 +31,11 @@ class RunLog:
         """One optimiser step; see `StepAverages`."""
         self._averages.add(result, batches, grad_norm=grad_norm, seconds=seconds, waited=waited)
 
-    def write(self, step: int, tokens: int, lr: float, k: float, dead: DeadLatents) -> None:
-        """A line, unless there was no step since the last one. lr, k and dead are those of the last step."""
+    def write(self, step: int, tokens: int, lr: float, k: float | None, dead: DeadLatents) -> None:
+        """A line, unless there was no step since the last one. lr, k and dead are those of the last step.
+
+        k: mean over layers; None, and not in the line, where the activation has none.
+        """
         if self._averages.empty:
             return
         line = {
@@ -41,8 +44,9 @@ class RunLog:
             **self._averages.take(),
             **{f"dead/{n}": share for n, share in zip(self._layers, dead.share(), strict=True)},
             "lr": lr,
-            "k": k,
         }
+        if k is not None:
+            line["k"] = k
         self._file.write(line)
 
     def __enter__(self) -> "RunLog":
