@@ -73,6 +73,7 @@ class Shard:
         self._map: mmap.mmap | None = None
         if io == "mmap":
             self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+            self._map.madvise(mmap.MADV_RANDOM)  # no reading around a fault: `will_need` says what comes
         self._index = self._read_index(size, slots)
 
     def decode(self, slot: int, out: npt.NDArray[Any]) -> None:

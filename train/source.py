@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future, wait
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ SAME = 1e-6
 """Tokens whose variance is below this share of the whole's are one vector and its rounding."""
 
 
-AHEAD = 20
-"""Layers of a site that are decoded, or fetched by the kernel for that, at one time: more than threads."""
+FETCHERS = 8
+"""Threads that open shards and ask the kernel for chunks before they are decoded; they wait for the disk."""
 
 
 class Selection(NamedTuple):
@@ -178,16 +178,16 @@ class Source:
                 self._splits[owner].decode(site, index, places[first:end], codes[part], steps)
 
         running: list[Future[None]] = []
-        try:
-            for number, task in enumerate(tasks):
-                if number >= AHEAD:
-                    running[number - AHEAD].result()
-                will_need(task)
-                running.append(pool.submit(decode, task))
-            for future in running:
-                future.result()
-        finally:  # where one fails the rest is cancelled, and none runs on when this raises
-            wait([future for future in running if not future.cancel()])
+        with ThreadPoolExecutor(FETCHERS, "clt-fetch") as fetchers:
+            fetched = [fetchers.submit(will_need, task) for task in tasks]
+            try:
+                for task, ready in zip(tasks, fetched, strict=True):
+                    ready.result()
+                    running.append(pool.submit(decode, task))
+                for future in running:
+                    future.result()
+            finally:  # where one fails the rest is cancelled, and none runs on when this raises
+                wait([future for future in (*fetched, *running) if not future.cancel()])
 
     def statistics(self, site: str, selection: Selection | None = None) -> Statistics:
         """Moments of one site over the tokens that count, of the layers in use."""
