@@ -259,6 +259,24 @@ def eval_command(
     _answer(as_json, evaluation.to_json(layers), render_evaluation(evaluation, layers))
 
 
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="run folder, or one checkpoint in it")],
+    out: Annotated[Path, typer.Argument(help="folder to write")],
+    format_name: Annotated[
+        str, typer.Option("--format", help="circuit-tracer, sae-lens, sparsify or clt-training")
+    ],
+    dtype: Annotated[str, typer.Option(help="of the weights: float32 or bfloat16")] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Write a run for another package, standardisation folded in; refused where the format cannot hold it."""
+    from .export.run import export_run
+
+    origin = export_run(run, out, format_name, dtype)
+    found = {"out": str(out), "format": format_name, **origin._asdict()}
+    _answer(as_json, found, f"{out} is written for {format_name}; the model is {origin.model}")
+
+
 def _k(text: str | None) -> int | tuple[int, ...] | None:
     """`32`, or `16,16,32`: one a layer."""
     try:

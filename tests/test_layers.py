@@ -11,6 +11,7 @@ RULES = [
     ("clt.train.loop", ["transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.train.evaluate", ["transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.train.checkpoint", ["transformers", "datasets", "PIL", "clt.harvest"]),
+    ("clt.export.run", ["transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.cli", ["torch", "numpy", "zarr", "numcodecs", "transformers", "datasets"]),
 ]
 
@@ -25,7 +26,7 @@ def test_import_never_pulls_in(module: str, forbidden: list[str]) -> None:
 def test_help_imports_nothing_heavy() -> None:
     """`clt --help` and the help of each command import no numpy, torch, zarr or transformers."""
     block = "".join(f"sys.modules[{n!r}] = None; " for n in ("torch", "numpy", "zarr", "transformers"))
-    for command in ([], ["harvest"], ["info"], ["verify"], ["train"], ["eval"]):
+    for command in ([], ["harvest"], ["info"], ["verify"], ["train"], ["eval"], ["export"]):
         code = (
             f"import sys; {block}sys.argv = ['clt', *{command!r}, '--help']; from clt.cli import main; main()"
         )

@@ -234,6 +234,7 @@ def test_checkpoints_beyond_keep_go_and_nothing_partial_stays(cache: Path, tmp_p
         "config.json",
         "metrics.jsonl",
         "latest",
+        "origin.json",
         "step-00000004",
         "step-00000005",
     }

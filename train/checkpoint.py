@@ -70,9 +70,7 @@ def save_checkpoint(
 def load_transcoder(path: str | Path) -> CrossLayerTranscoder:
     """The transcoder of a run (its latest checkpoint), or of one step folder."""
     folder = checkpoint_folder(Path(path))
-    data = json.loads((folder / "shape.json").read_text())
-    k = tuple(data["k"]) if isinstance(data["k"], list) else data["k"]
-    shape = Shape(**{**data, "layers": tuple(data["layers"]), "k": k})
+    shape = load_shape(folder)
     first = load_file(folder / f"layers.{shape.layers[0]}" / "transcoder.safetensors")
     model = empty_transcoder(shape, first["W_enc"].dtype)
     with torch.no_grad():
@@ -81,6 +79,13 @@ def load_transcoder(path: str | Path) -> CrossLayerTranscoder:
             for name, tensor in layer_tensors(model, place).items():
                 tensor.copy_(stored[name])
     return model
+
+
+def load_shape(folder: Path) -> Shape:
+    """Of a step folder."""
+    data = json.loads((folder / "shape.json").read_text())
+    k = tuple(data["k"]) if isinstance(data["k"], list) else data["k"]
+    return Shape(**{**data, "layers": tuple(data["layers"]), "k": k})
 
 
 def restore_training(folder: Path, model: CrossLayerTranscoder, optimizer: Optimizer) -> TrainerState:

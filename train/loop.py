@@ -31,6 +31,7 @@ from .losses import Extras
 from .metrics import DeadLatents, FiringCounts
 from .optimizer import Optimizer, learning_rate
 from .order import predicted_partners
+from .origin import save_origin
 from .reader import Batch, Reader
 from .run_log import RunLog
 from .source import Selection, Source
@@ -131,6 +132,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
         for note in start_from(model, config.finetune):
             _say(note)
     resume = _begin_run(config, resume)
+    save_origin(config.run, source.manifest.source)
     run = _Run(config, source, model)
     if resume:
         run.restore(checkpoint_folder(config.run))

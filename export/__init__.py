@@ -1,0 +1,1 @@
+"""Runs to the formats of other packages, and from them."""
