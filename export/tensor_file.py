@@ -22,7 +22,6 @@ class Slot(NamedTuple):
     """Where a tensor lies."""
 
     dtype: torch.dtype
-    size: tuple[int, ...]
     start: int
     """Byte in the file"""
 
@@ -31,17 +30,14 @@ class TensorFile:
     """Give all names, dtypes and sizes first; then `write` any part of them, in any order."""
 
     def __init__(self, path: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        header, end = {}, 0
+        header, starts, end = {}, {}, 0
         for name, (dtype, size) in tensors.items():
-            start, end = end, end + math.prod(size) * dtype.itemsize
-            header[name] = {"dtype": NAMES[dtype], "shape": list(size), "data_offsets": [start, end]}
+            starts[name], end = end, end + math.prod(size) * dtype.itemsize
+            header[name] = {"dtype": NAMES[dtype], "shape": list(size), "data_offsets": [starts[name], end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         base = 8 + len(text)
-        self._slots = {
-            name: Slot(dtype, size, base + header[name]["data_offsets"][0])
-            for name, (dtype, size) in tensors.items()
-        }
+        self._slots = {name: Slot(tensors[name][0], base + start) for name, start in starts.items()}
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         os.pwrite(self._file, len(text).to_bytes(8, "little") + text, 0)
         os.ftruncate(self._file, base + end)
@@ -50,7 +46,7 @@ class TensorFile:
         """Put values, row by row, into the tensor from its element `first` on."""
         slot = self._slots[name]
         flat = values.detach().to(slot.dtype).cpu().contiguous().view(-1)
-        data = memoryview(flat.view(torch.uint8).numpy())
+        data = flat.view(torch.uint8).numpy().data
         place = slot.start + first * slot.dtype.itemsize
         while data:  # the kernel writes 2 GiB at most at a time
             done = os.pwrite(self._file, data, place)
