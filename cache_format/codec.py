@@ -12,6 +12,7 @@ scales, and blosc (byte shuffle, zstd) followed by crc32c for bf16.
 import math
 import struct
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +38,7 @@ Array = npt.NDArray[Any]
 GAUSSIAN = math.sqrt(math.pi / 2)
 """Root mean square of a Gaussian over its mean absolute value."""
 
-SLAB = 1 << 17
+SLAB = 1 << 16
 """Values quantised at a time, so that the temporaries stay in the processor's cache."""
 
 SMALL = 1 << 16
@@ -71,6 +72,16 @@ class Quantised(NamedTuple):
     """(token, block): the step of each block"""
 
 
+class Steps(NamedTuple):
+    """A few tokens in units of their steps; (token, block, BLOCK), zero behind a narrow last block."""
+
+    exact: Floats
+    rounded: Floats
+    """the codes"""
+    peak: Floats
+    """(token, block): largest |code|"""
+
+
 def quantise(values: Floats, divisor: float) -> Quantised:
     """int8 codes and float16 steps of `values` (token, d_model); |code * step - value| <= step / 2.
 
@@ -79,20 +90,29 @@ def quantise(values: Floats, divisor: float) -> Quantised:
     tokens, width = values.shape
     codes = np.empty((tokens, width), np.int8)
     scale = np.empty((tokens, n_blocks(width)), np.float16)
-    at_once = max(1, SLAB // width)
-    for start in range(0, tokens, at_once):
-        rows = slice(start, start + at_once)
-        _quantise_slab(values[rows], divisor, codes[rows], scale[rows])
+    for rows in slabs(tokens, width):
+        quantise_slab(values[rows], divisor, codes[rows], scale[rows])
     return Quantised(codes, scale)
 
 
-def _quantise_slab(values: Floats, divisor: float, codes: npt.NDArray[np.int8], scale: Scales) -> None:
-    size = np.abs(values)
+def slabs(tokens: int, width: int) -> Iterator[slice]:
+    """The tokens in portions of about SLAB values."""
+    at_once = max(1, SLAB // width)
+    for start in range(0, tokens, at_once):
+        yield slice(start, min(tokens, start + at_once))
+
+
+def quantise_slab(values: Floats, divisor: float, codes: npt.NDArray[np.int8], scale: Scales) -> Steps:
+    """As `quantise`, into `codes` and `scale`; what it returns is this thread's until its next call."""
+    (tokens, width), blocks = values.shape, n_blocks(values.shape[1])
+    size, rounded = _room(0, (tokens, blocks * BLOCK)), _room(1, (tokens, blocks * BLOCK))
+    np.abs(values, out=size[:, :width])
+    size[:, width:] = 0
     # bits of non-negative floats are ordered as the floats are, NaN last, and integers reduce 4 times as fast
     starts = np.arange(0, size.shape[1], BLOCK)
     peak = np.maximum.reduceat(size.view(np.int32), starts, axis=1).view(np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite shows in the scale
-        mean = size.mean(axis=1, keepdims=True)
+        mean = size[:, :width].mean(axis=1, keepdims=True)
         wanted = np.minimum(mean * np.float32(GAUSSIAN / divisor), _LARGEST_STEP)
         step = np.maximum(wanted, peak / np.float32(127))
     scale[...] = _round_up_to_half(step)
@@ -102,29 +122,61 @@ def _quantise_slab(values: Floats, divisor: float, codes: npt.NDArray[np.int8], 
             "look at the sample, or harvest with --precision bf16"
         )
     inverse = np.divide(1, scale, out=np.zeros_like(step), where=scale > 0, dtype=np.float32)
-    exact = np.multiply(values, _per_channel(inverse, values.shape[1]), out=size)
-    codes[...] = np.rint(exact, out=exact)
+    _multiply_blocks(values, inverse, out=size)
+    np.rint(size, out=rounded)
+    codes[...] = rounded[:, :width]
+    by_block = (tokens, blocks, BLOCK)
+    return Steps(size.reshape(by_block), rounded.reshape(by_block), np.rint(peak * inverse))
+
+
+def _room(number: int, shape: tuple[int, int]) -> Floats:
+    """Memory of this thread for temporaries: new memory costs a page fault for each 4 KiB."""
+    rooms: dict[int, Floats] = _LOCAL.__dict__.setdefault("rooms", {})
+    size = shape[0] * shape[1]
+    if number not in rooms or rooms[number].size < size:
+        rooms[number] = np.empty(size, np.float32)
+    return rooms[number][:size].reshape(shape)
 
 
 def dequantise(codes: npt.NDArray[np.int8], scale: Scales) -> Floats:
     """float32 values of `codes` (token, d_model) with `scale` (token, block)."""
-    return codes * _per_channel(scale.astype(np.float32), codes.shape[1])
+    values = codes.astype(np.float32)
+    _multiply_blocks(values, scale.astype(np.float32), out=values)
+    return values
 
 
-def _per_channel(per_block: Floats, width: int) -> Floats:
-    return np.repeat(per_block, BLOCK, axis=1)[:, :width]
+def _multiply_blocks(values: Floats, per_block: Floats, out: Floats) -> None:
+    """values (token, d_model) times the factor of their block; `out` may be wider."""
+    tokens, width = values.shape
+    whole = width // BLOCK
+    cut, shape = whole * BLOCK, (tokens, whole, BLOCK)
+    factors = per_block[:, :whole, None]
+    np.multiply(values[:, :cut].reshape(shape), factors, out=out[:, :cut].reshape(shape))
+    if cut < width:
+        np.multiply(values[:, cut:], per_block[:, whole:], out=out[:, cut:width])
 
 
 def to_bf16_bits(values: Floats) -> npt.NDArray[np.uint16]:
     """Bits of the nearest bfloat16 (ties to even); a NaN stays a NaN with its upper payload."""
+    rounded = np.empty(values.shape, np.uint16)
+    flat, out = np.ascontiguousarray(values).reshape(-1), rounded.reshape(-1)
+    for start in range(0, flat.size, SLAB):
+        _round_to_bf16(flat[start : start + SLAB], out[start : start + SLAB])
+    return rounded
+
+
+def _round_to_bf16(values: Floats, out: npt.NDArray[np.uint16]) -> None:
     bits = values.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    up = bits >> np.uint32(16)
+    up &= np.uint32(1)
+    up += np.uint32(0x7FFF)
+    up += bits
+    up >>= np.uint32(16)
+    out[...] = up
     is_nan = np.isnan(values)
     if is_nan.any():
-        kept = bits >> np.uint32(16)
-        quiet = np.where(kept & np.uint32(0x7F), kept, kept | np.uint32(0x40))
-        rounded = np.where(is_nan, quiet, rounded)
-    return rounded.astype(np.uint16)
+        kept = bits[is_nan] >> np.uint32(16)
+        out[is_nan] = np.where(kept & np.uint32(0x7F), kept, kept | np.uint32(0x40))
 
 
 def from_bf16_bits(bits: npt.NDArray[np.uint16]) -> Floats:

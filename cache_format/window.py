@@ -1,7 +1,7 @@
 """One window in memory: tokens are quantised as they arrive, permuted and encoded when it is full.
 
-Memory is that of the stored numbers before entropy coding (Manifest.bytes_per_token times the window), plus
-one shard's bytes for each encoding thread.
+What is asked of every value is asked a slab or a chunk at a time, while it lies in the processor's cache: the
+statistics then cost a fraction of the encoding. `memory` bounds what all this holds.
 """
 
 from collections.abc import Iterator
@@ -13,19 +13,21 @@ import numpy.typing as npt
 
 from . import layout
 from .codec import (
+    SLAB,
     Codes,
     Floats,
     dequantise,
     encode_chunk,
     from_bf16_bits,
-    quantise,
+    quantise_slab,
+    slabs,
     to_bf16_bits,
 )
 from .errors import CacheError
 from .manifest import Manifest
 from .permutation import permutation
 from .shard import build_shard
-from .statistics import SiteSums
+from .statistics import Doubles, SiteSums
 
 SINK_RATIO = 50.0
 """A token is a sink where its mlp_out norm at some layer is this many times the window's median there."""
@@ -54,13 +56,18 @@ class Window:
         }
         self._codes: dict[str, Codes] = {}
         self._scales: dict[str, npt.NDArray[np.float16]] = {}
+        # of each vector: squared distance of the stored from the true one; square and largest size, as stored
         self._noise: dict[str, Floats] = {}
+        self._square: dict[str, Doubles] = {}
+        self._peak: dict[str, Floats] = {}
         for site in layout.SITES:
             shape = (*per_layer, manifest.d_model)
             int8 = manifest.precision == "int8"
             self._codes[site] = np.empty(shape, np.int8) if int8 else np.empty(shape, np.uint16)
             self._scales[site] = np.empty((*per_layer, manifest.n_blocks), np.float16)
             self._noise[site] = np.zeros(per_layer, np.float32)
+            self._square[site] = np.zeros(per_layer, np.float64)
+            self._peak[site] = np.zeros(per_layer, np.float32)
         self._norms = np.zeros(per_layer, np.float32)
 
     @property
@@ -79,21 +86,44 @@ class Window:
 
     @_QUIET
     def _store(self, site: str, index: int, rows: slice, values: npt.NDArray[Any]) -> None:
-        given = np.ascontiguousarray(values[:, index])
-        true: Floats = from_bf16_bits(given) if given.dtype == np.uint16 else given
-        if site == "mlp_out":
-            self._norms[index, rows] = np.sqrt(np.einsum("td,td->t", true, true))
-        if self.manifest.precision == "bf16":
-            self._codes[site][index, rows] = given if given.dtype == np.uint16 else to_bf16_bits(true)
-            return
+        for part in slabs(len(values), self.manifest.d_model):
+            given = np.ascontiguousarray(values[part, index])
+            at = slice(rows.start + part.start, rows.start + part.stop)
+            true: Floats = from_bf16_bits(given) if given.dtype == np.uint16 else given
+            if site == "mlp_out":
+                self._norms[index, at] = np.sqrt(np.einsum("td,td->t", true, true))
+            if self.manifest.precision == "bf16":
+                bits = given if given.dtype == np.uint16 else to_bf16_bits(true)
+                self._codes[site][index, at] = bits
+                self._measure_bits(site, index, at, bits)
+            else:
+                self._quantise(site, index, at, true)
+
+    def _quantise(self, site: str, index: int, at: slice, true: Floats) -> None:
+        scale = self._scales[site][index, at]
+        codes = self._codes[site][index, at].view(np.int8)
         try:
-            codes, scale = quantise(true, self.manifest.step_divisor)
+            steps = quantise_slab(true, self.manifest.step_divisor, codes, scale)
         except CacheError as fault:
             layer = self.manifest.layers[index]
             raise CacheError(f"layer {layer}, {site}: {fault}") from None
-        self._codes[site][index, rows], self._scales[site][index, rows] = codes, scale
-        lost = dequantise(codes, scale) - true
-        self._noise[site][index, rows] = np.einsum("td,td->t", lost, lost)
+        area = np.square(scale, dtype=np.float64)
+        self._peak[site][index, at] = (steps.peak * scale).max(axis=1)
+        self._square[site][index, at] = _squares(steps.rounded, area)
+        lost = np.subtract(steps.rounded, steps.exact, out=steps.exact)
+        self._noise[site][index, at] = _squares(lost, area)
+
+    def _measure_bits(self, site: str, index: int, at: slice, bits: npt.NDArray[np.uint16]) -> None:
+        stored = from_bf16_bits(bits)
+        largest = (bits & np.uint16(0x7FFF)).max(axis=1)  # a NaN is larger than all numbers
+        peak = from_bf16_bits(largest)
+        square = np.einsum("td,td->t", stored, stored).astype(np.float64)
+        massive = ~(
+            4 * np.square(peak) < square
+        )  # one channel swallows the digits of the others, or overflows
+        few = stored[massive].astype(np.float64)
+        square[massive] = np.einsum("td,td->t", few, few)
+        self._peak[site][index, at], self._square[site][index, at] = peak, square
 
     @_QUIET
     def seal(self) -> npt.NDArray[np.int64]:
@@ -117,47 +147,62 @@ class Window:
     ) -> Iterator[EncodedFile]:
         """Encode one layer of one site, permuted; adds its part to `sums`."""
         order = self._order(window)
-        codes = _padded(self._codes[site][index][order])
-        scale = _padded(self._scales[site][index][order]) if self.manifest.precision == "int8" else None
-        self._add_sums(codes, scale, group[order], sums, index)
-        np.add.at(sums.noise[:, index], group, self._noise[site][index, : self.tokens].astype(np.float64))
-        arrays = [(layout.values_array(split, site), codes)]
-        if scale is not None:
-            arrays.append((layout.scale_array(split, site), scale))
-        for array, stored in arrays:
-            chunks = [encode_chunk(chunk) for chunk in _cut(stored)]
+        self._add_sums(site, index, group, sums)
+        arrays = [(layout.values_array(split, site), self._codes[site][index])]
+        if self.manifest.precision == "int8":
+            arrays.append((layout.scale_array(split, site), self._scales[site][index]))
+        for array, rows in arrays:
+            chunks = [encode_chunk(_padded(rows[part])) for part in _cut(order)]
             shard = build_shard(chunks, self.manifest.chunks_per_window)
             yield EncodedFile(layout.shard_file(array, window, index), shard)
 
     @_QUIET
-    def _add_sums(
-        self,
-        codes: npt.NDArray[Any],
-        scale: npt.NDArray[np.float16] | None,
-        group: npt.NDArray[np.int64],
-        sums: SiteSums,
-        index: int,
-    ) -> None:
+    def _add_sums(self, site: str, index: int, group: npt.NDArray[np.int64], sums: SiteSums) -> None:
         """Sums of the stored (not the true) values: what a trainer will see."""
-        norms, peaks = np.zeros((2, len(group)))
-        for start in range(0, len(group), layout.CHUNK):
-            rows = slice(start, min(start + layout.CHUNK, len(group)))
-            stored = from_bf16_bits(codes[rows]) if scale is None else dequantise(codes[rows], scale[rows])
-            # no matrix product here: BLAS would start its own threads inside each of ours
-            for present in np.unique(group[rows]):
-                chosen = group[rows] == present
-                part: npt.NDArray[Any] = stored[chosen]
-                if present >= len(layout.KINDS):  # a sink's massive channels swallow the digits of the others
-                    part = part.astype(np.float64)
-                sums.sum[present, index] += part.sum(axis=0)
-                norms[rows][chosen] = np.einsum("td,td->t", part, part)
-            peaks[rows] = np.abs(stored).max(axis=1)
-        np.add.at(sums.square[:, index], group, norms)
-        np.maximum.at(sums.absmax[:, index], group, peaks)
+        tokens = slice(self.tokens)
+        noise = self._noise[site][index, tokens].astype(np.float64)
+        np.add.at(sums.noise[:, index], group, noise)
+        np.add.at(sums.square[:, index], group, self._square[site][index, tokens])
+        np.maximum.at(sums.absmax[:, index], group, self._peak[site][index, tokens])
+        for present in np.unique(group):
+            for part in _cut(np.flatnonzero(group == present)):
+                stored = self._stored(site, index, part)
+                # a sink's massive channels swallow the digits of the others
+                exact = np.float64 if present >= len(layout.KINDS) else np.float32
+                # no matrix product here: BLAS would start its own threads inside each of ours
+                sums.sum[present, index] += stored.sum(axis=0, dtype=exact)
+
+    def _stored(self, site: str, index: int, rows: npt.NDArray[np.int64]) -> Floats:
+        codes = self._codes[site][index][rows]
+        if codes.dtype == np.uint16:
+            return from_bf16_bits(codes)
+        return dequantise(codes.view(np.int8), self._scales[site][index][rows])
 
     def _order(self, window: int) -> npt.NDArray[np.int64]:
         """Place on disk -> place of arrival."""
         return permutation(self.tokens, self.manifest.seed, window)
+
+
+def memory(manifest: Manifest, threads: int) -> int:
+    """Bytes that a writer with `threads` threads holds at most, its list of samples and the caller's values
+    aside:
+
+        3 windows (two splits fill, one is written): window * (bytes_per_token + n_layers * 36 + 18)
+        each thread: 2 * window * d_model * bytes a value (a shard and its parts) + 24 * SLAB
+        5 sums (two splits, two sites, one being encoded): 8 groups * n_layers * d_model * 8
+    """
+    value = 1 if manifest.precision == "int8" else 2
+    columns = sum(dtype.itemsize for dtype in layout.TOKEN_COLUMNS.values())
+    of_token = manifest.bytes_per_token + manifest.n_layers * 36 + columns
+    shard = manifest.window * manifest.d_model * value
+    sums = layout.N_GROUPS * manifest.n_layers * manifest.d_model * 8
+    return 3 * manifest.window * of_token + threads * (2 * shard + 24 * SLAB) + 5 * sums
+
+
+def _squares(blocks: Floats, area: Doubles) -> Doubles:
+    """(token,): squared norms of vectors in units of their steps; area (token, block): squared steps."""
+    squares = np.einsum("tbc,tbc->tb", blocks, blocks)
+    return np.asarray((squares * area).sum(axis=1))
 
 
 def _padded(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
