@@ -1,0 +1,259 @@
+"""Charts as HTML: shapes are SVG that stretches, words and numbers are HTML that does not.
+
+So text keeps its size on a phone, and every chart has its numbers beside it: a legend with the last values, a
+table, or what the page's script reads out at the pointer or with the arrow keys. Texts are escaped here.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .tables import number, number_table
+
+Doubles = npt.NDArray[np.float64]
+
+WIDTH, HEIGHT = 1000, 400
+"""Units of a chart's SVG; it is stretched to whatever room there is."""
+LOG_RATIO = 8
+"""Positive values that span more than this ratio get a logarithmic axis."""
+SHADES = 16
+"""Steps of a map's shade; its numbers are exact."""
+
+
+class Line(NamedTuple):
+    name: str
+    x: Doubles
+    y: Doubles
+    low: Doubles | None = None
+    """With `high`: a band around the line"""
+    high: Doubles | None = None
+
+
+class Axis(NamedTuple):
+    """Values to shares (0 to 1) of an axis."""
+
+    first: float
+    last: float
+    log: bool
+    ticks: list[float]
+
+    def place(self, values: npt.ArrayLike) -> Doubles:
+        numbers = np.asarray(values, np.float64)
+        if self.log:
+            first, last, numbers = np.log(self.first), np.log(self.last), np.log(numbers)
+        else:
+            first, last = np.float64(self.first), np.float64(self.last)
+        return np.asarray(np.clip((numbers - first) / (last - first), 0, 1), np.float64)
+
+
+def axis(values: Doubles, log: bool | None = None) -> Axis:
+    """An axis with round ticks around the finite values; log None: where the values ask for it."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    if log is None:
+        log = low > 0 and high / low > LOG_RATIO
+    if log and low > 0 and high > low:
+        return _log_axis(low, high)
+    low = min(0.0, low)
+    high = high if high > low else low + 1
+    step = _round_step((high - low) / 4)
+    first, last = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
+    ticks = [first + step * i for i in range(round((last - first) / step) + 1)]
+    return Axis(first, last, False, ticks)
+
+
+def _log_axis(low: float, high: float) -> Axis:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    inside: list[float] = []
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**power for power in decades for digit in steps]
+        inside = [tick for tick in ticks if low <= tick <= high]
+        if len(inside) <= 6:
+            break
+    every = -(-len(inside) // 6)
+    return Axis(low / 1.05, high * 1.05, True, inside[::every] if every else [low, high])
+
+
+def _round_step(rough: float) -> float:
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(digit * power for digit in (1, 2, 2.5, 5, 10) if digit * power >= rough * 0.999)
+
+
+def line_chart(
+    ident: str, title: str, note: str, lines: Sequence[Line], *, log: bool | None = None
+) -> tuple[str, dict[str, Any]]:
+    """A chart of lines over optimiser steps, and the numbers that the page's script reads out."""
+    lines = [line for line in lines if len(line.x)]
+    if not lines:
+        return _figure(ident, title, note, '<p class="none">No numbers yet.</p>'), {}
+    bounds = [part for line in lines for part in (line.y, line.low, line.high) if part is not None]
+    y = axis(np.concatenate(bounds), log)
+    x = axis(np.concatenate([line.x for line in lines]), log=False)._replace(
+        last=max(float(line.x[-1]) for line in lines)
+    )
+    paths = "".join(_band(line, x, y) for line in lines)
+    paths += "".join(_path(line, x, y, f"line l{nth % 4}") for nth, line in enumerate(lines))
+    label = f"{title}: " + ", ".join(f"{line.name} ends at {number(line.y[-1])}" for line in lines)
+    frame = (
+        f'<div class="frame">{_y_labels(y)}<div class="plot" data-plot="{ident}">'
+        f"{_svg(_grid(y) + paths, label)}</div>{_x_labels(x)}</div>"
+    )
+    steps = np.unique(np.concatenate([line.x for line in lines]))
+    data = {
+        "x": steps.astype(int).tolist(),
+        "first": x.first,
+        "last": x.last,
+        "lines": [{"name": line.name, "y": _rounded(_at(line, steps))} for line in lines],
+    }
+    return _figure(ident, title, note, _legend(lines) + frame + "<output></output>"), data
+
+
+def small_charts(ident: str, title: str, note: str, lines: Sequence[Line]) -> str:
+    """One small chart a line, all on the same axes."""
+    lines = [line for line in lines if len(line.x)]
+    if not lines:
+        return _figure(ident, title, note, '<p class="none">No numbers yet.</p>')
+    y = axis(np.concatenate([line.y for line in lines]))
+    x = axis(lines[0].x, log=False)._replace(last=float(lines[0].x[-1]))
+    cells = "".join(
+        f'<li data-name="{escape(line.name)}" data-value="{line.y[-1]:.6g}"><span>{escape(line.name)}</span> '
+        f"<b>{number(line.y[-1])}</b>"
+        f"{_svg(_grid(y) + _path(line, x, y, 'line l0'), f'{line.name} ends at {number(line.y[-1])}')}</li>"
+        for line in lines
+    )
+    ticks = ", ".join(number(tick) for tick in y.ticks)
+    kind = "logarithmic" if y.log else "linear"
+    scale = (
+        f'<p class="note">All have the same {kind} axis; lines at {ticks}. The number is the last value.</p>'
+    )
+    return _figure(ident, title, note, f'{scale}<ul class="small">{cells}</ul>')
+
+
+def heat_map(
+    ident: str,
+    title: str,
+    note: str,
+    values: Doubles,
+    axes: tuple[str, str],
+    names: tuple[list[str], list[str]],
+) -> tuple[str, dict[str, Any]]:
+    """values (row, column), NaN where there is none; darker (in dark mode: lighter) is more."""
+    rows, columns = values.shape
+    top = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
+    shade = np.ceil(np.nan_to_num(values) / (top or 1.0) * SHADES).astype(int)
+    paths = "".join(
+        f'<path class="cell" style="--s:{level / SHADES:.3f}" d="'
+        + "".join(f"M{c} {r}h1v1h-1z" for r, c in np.argwhere((shade == level) & np.isfinite(values)))
+        + '"/>'
+        for level in range(SHADES + 1)
+        if ((shade == level) & np.isfinite(values)).any()
+    )
+    label = f"{title}: {rows} rows ({axes[0]}) and {columns} columns ({axes[1]}), at most {number(top)}"
+    svg = _svg(paths, label, columns, rows)
+    frame = (
+        f'<div class="frame map">{_map_labels("y", names[0])}<div class="plot" data-map="{ident}">{svg}</div>'
+        f'{_map_labels("x", names[1])}<div class="axes">{escape(axes[0])} ↓ &nbsp; '
+        f"{escape(axes[1])} →</div></div>"
+    )
+    key = '<p class="key"><span>0</span><i></i><span>' + number(top) + "</span></p>"
+    numbers = f"<details><summary>All numbers</summary>{number_table(values, axes, names, title)}</details>"
+    data = {"axes": axes, "rows": names[0], "columns": names[1], "values": [_rounded(row) for row in values]}
+    return _figure(ident, title, note, key + frame + "<output></output>" + numbers), data
+
+
+def embedded(data: dict[str, Any]) -> str:
+    """JSON that can stand inside a script element."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _figure(ident: str, title: str, note: str, body: str) -> str:
+    said = f'<p class="note">{escape(note)}</p>' if note else ""
+    return f'<figure id="{ident}"><figcaption><h3>{escape(title)}</h3>{said}</figcaption>{body}</figure>'
+
+
+def _svg(shapes: str, label: str, width: int = WIDTH, height: int = HEIGHT) -> str:
+    return (
+        f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(label)}">{shapes}</svg>'
+    )
+
+
+def _points(x: Doubles, y: Doubles, axes: tuple[Axis, Axis]) -> list[str]:
+    across, down = WIDTH * axes[0].place(x), HEIGHT * (1 - axes[1].place(y))
+    return [f"{a:.0f} {b:.1f}" for a, b in zip(across, down, strict=True)]
+
+
+def _path(line: Line, x: Axis, y: Axis, css: str) -> str:
+    return f'<path class="{css}" d="M{"L".join(_points(line.x, line.y, (x, y)))}"/>'
+
+
+def _band(line: Line, x: Axis, y: Axis) -> str:
+    if line.low is None or line.high is None:
+        return ""
+    there, back = (_points(line.x, line.high, (x, y)), _points(line.x, line.low, (x, y))[::-1])
+    return f'<path class="band" d="M{"L".join(there + back)}z"/>'
+
+
+def _grid(y: Axis) -> str:
+    places = HEIGHT * (1 - y.place(y.ticks))
+    return f'<path class="grid" d="{"".join(f"M0 {place:.1f}H{WIDTH}" for place in places)}"/>'
+
+
+def _y_labels(y: Axis) -> str:
+    labels = zip(y.ticks, 100 * (1 - y.place(y.ticks)), strict=True)
+    inner = "".join(f'<span style="top:{place:.2f}%">{number(tick)}</span>' for tick, place in labels)
+    widest = max(len(number(tick)) for tick in y.ticks)
+    return f'<div class="y" aria-hidden="true" style="min-width:{widest + 1}ch">{inner}</div>'
+
+
+def _x_labels(x: Axis) -> str:
+    ticks = [tick for tick in x.ticks if tick <= x.last]
+    labels = zip(ticks, 100 * x.place(ticks), strict=True)
+    inner = "".join(f'<span style="left:{place:.2f}%">{_short(tick)}</span>' for tick, place in labels)
+    return f'<div class="x" aria-hidden="true">{inner}</div>'
+
+
+def _map_labels(side: str, names: list[str]) -> str:
+    """Every nth name, so that those beside a map have room on a phone."""
+    longest, edge = max(map(len, names)), "top" if side == "y" else "left"
+    every = -(-len(names) // (8 if side == "y" else max(2, min(8, 32 // (longest + 2)))))
+    inner = "".join(
+        f'<span style="{edge}:{100 * (place + 0.5) / len(names):.2f}%">{escape(names[place])}</span>'
+        for place in range(0, len(names), every)
+    )
+    width = f' style="min-width:{longest + 1}ch"' if side == "y" else ""
+    return f'<div class="{side}" aria-hidden="true"{width}>{inner}</div>'
+
+
+def _at(line: Line, steps: Doubles) -> Doubles:
+    """The line's values at `steps`, NaN where it has none."""
+    values = np.full(len(steps), np.nan)
+    values[np.searchsorted(steps, line.x)] = line.y
+    return values
+
+
+def _legend(lines: Sequence[Line]) -> str:
+    items = "".join(
+        f'<li data-name="{escape(line.name)}" data-value="{line.y[-1]:.9g}">'
+        f'<svg class="swatch" viewBox="0 0 28 8" aria-hidden="true">'
+        f'<path class="line l{nth % 4}" d="M0 4H28"/></svg>'
+        f"{escape(line.name)} <b>{number(line.y[-1])}</b></li>"
+        for nth, line in enumerate(lines)
+    )
+    return f'<ul class="legend">{items}</ul>'
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
+def _rounded(values: Doubles) -> list[float | None]:
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
