@@ -1,7 +1,10 @@
 """What ships: every package of the tree, the format's specification, and a reason for each dependency."""
 
 import tomllib
+from importlib.resources import files as files_of
 from pathlib import Path
+
+import clt.train
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -35,6 +38,14 @@ def test_each_dependency_says_why() -> None:
 def test_format_document_ships() -> None:
     assert PROJECT["tool"]["setuptools"]["package-data"]["clt.cache_format"] == ["FORMAT.md"]
     assert (ROOT / "cache_format" / "FORMAT.md").exists()
+
+
+def test_what_the_report_page_needs_ships() -> None:
+    """Style and script of report.html are files beside the modules."""
+    files = {path.name for kind in ("css", "js") for path in (ROOT / "train").glob(f"*.{kind}")}
+    shipped = set(PROJECT["tool"]["setuptools"]["package-data"]["clt.train"])
+    assert files <= shipped
+    assert all((files_of(clt.train) / name).is_file() for name in shipped)
 
 
 def test_only_the_known_modules_lie_at_the_root() -> None:

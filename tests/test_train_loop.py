@@ -233,6 +233,7 @@ def test_checkpoints_beyond_keep_go_and_nothing_partial_stays(cache: Path, tmp_p
     assert {path.name for path in config.run.iterdir()} == {
         "config.json",
         "metrics.jsonl",
+        "report.html",
         "latest",
         "origin.json",
         "step-00000004",

@@ -1,5 +1,6 @@
 """How well a transcoder does on held-out tokens, from the cache alone."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -61,9 +62,14 @@ class _Sums:
 
 @torch.no_grad()
 def evaluate(
-    model: CrossLayerTranscoder, source: Source, *, batch_tokens: int = 2048, threads: int | None = None
+    model: CrossLayerTranscoder,
+    source: Source,
+    *,
+    batch_tokens: int = 2048,
+    threads: int | None = None,
+    after_batch: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
-    """One pass over the source's chosen tokens, in the order on disk."""
+    """One pass over the source's chosen tokens, in the order on disk; `after_batch` is told their number."""
     sums = _Sums(model)
     with ThreadPoolExecutor(threads or default_threads(), "clt-decode") as pool:
         for chunks in read_in_order(source, batch_tokens):
@@ -72,6 +78,7 @@ def evaluate(
                 rows = source.allocate(len(chunks))
                 source.fill(rows, chunks, pool)
                 _add(sums, model, Batch(rows.take(place, pool), token), source.kind[token])
+                after_batch(len(place))
     return _summary(sums, source)
 
 

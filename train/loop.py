@@ -25,6 +25,7 @@ from .config import (
     default_lr,
     lr_rule,
 )
+from .evaluate import Evaluation, evaluate
 from .finetune import start_from
 from .finite import NotFiniteError, require_finite_loss, require_finite_weights
 from .losses import Extras
@@ -33,8 +34,10 @@ from .optimizer import Optimizer, learning_rate
 from .order import predicted_partners
 from .origin import save_origin
 from .reader import Batch, Reader
+from .report_page import write_page
 from .run_log import RunLog
-from .source import Selection, Source
+from .run_report import Place, report_run
+from .source import NoTokensError, Selection, Source
 from .step import train_step
 from .transcoder import CrossLayerTranscoder, new_transcoder
 
@@ -119,7 +122,16 @@ class _Run:
         state = TrainerState(
             self.step, self.tokens, self.reader.state(), self.dead.since, self.firing.state()
         )
-        return save_checkpoint(self.config.run, self.model, self.optimizer, state, self.config.keep)
+        folder = save_checkpoint(self.config.run, self.model, self.optimizer, state, self.config.keep)
+        self.write_report("Held-out numbers are measured when the run is complete.")
+        return folder
+
+    def write_report(self, held_out: Evaluation | str) -> None:
+        """report.html as of now; held_out: or why there is no evaluation."""
+        place = Place(self.step, self.plan.steps, self.tokens)
+        curves = self.log.curves
+        report = report_run(self.config, self.source, self.model, place, curves, self.firing, held_out)
+        write_page(self.config.run / "report.html", report)
 
 
 def train(config: TrainConfig, resume: bool = False) -> TrainReport:
@@ -145,6 +157,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
         )
     with run.reader, RunLog(config, source, model, run.step) as run.log:
         fvu = _loop(run) if run.step < run.plan.steps else None
+        run.write_report(_held_out(run))
     return TrainReport(config.run, run.step, run.tokens, fvu)
 
 
@@ -165,6 +178,21 @@ def _loop(run: _Run) -> float:
             raise
     run.save()
     return fvu
+
+
+def _held_out(run: _Run) -> Evaluation | str:
+    """The final transcoder on split val, or why there is none."""
+    try:
+        source = open_source(run.config, "val")
+    except NoTokensError as missing:
+        return str(missing)
+    with Progress("held out", total=source.n_tokens, unit="tok") as progress:
+
+        def after_batch(tokens: int) -> None:
+            progress.add(tokens)
+            StopRequested.check()
+
+        return evaluate(run.model, source, threads=run.config.threads, after_batch=after_batch)
 
 
 def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None = None) -> Source:

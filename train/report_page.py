@@ -65,14 +65,14 @@ _FOOTER = (
 
 
 def _header(report: RunReport, links: str) -> str:
-    last, held = report.curves.last, report.held_out
-    done = "complete" if report.step >= report.steps else f"stopped or saved at step {report.step:,}"
+    last, held, place = report.curves.last, report.held_out, report.place
+    done = "complete" if place.step >= place.steps else f"stopped or saved at step {place.step:,}"
     lead = (
         f"Cross-layer transcoder, {len(report.layers)} layers of {report.cache.get('model')}; {done}: "
-        f"{report.step:,} of {report.steps:,} steps, {report.tokens:,} tokens"
+        f"{place.step:,} of {place.steps:,} steps, {place.tokens:,} tokens"
     )
     tiles = {
-        "Held-out FVU": (held.fvu.mean() if held else math.nan, "", "mean of the layers"),
+        "Held-out FVU": (math.nan if isinstance(held, str) else held.fvu.mean(), "", "mean of the layers"),
         "Training FVU": (_value(last, "fvu"), "", f"last line, step {last.get('step', 0):,}"),
         "L0": (_layer_mean(report, "l0"), "", "positive activations, token and layer"),
         "Dead latents": (100 * _layer_mean(report, "dead"), " %", "long not positive"),

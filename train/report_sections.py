@@ -19,8 +19,8 @@ LEAST_POWER = -7
 
 def held_out(report: RunReport) -> str:
     held = report.held_out
-    if held is None:
-        return f'<p class="none">{escape(report.no_held_out)}</p>'
+    if isinstance(held, str):
+        return f'<p class="none">{escape(held)}</p>'
     kinds = [(kind, float(values.mean())) for kind, values in held.fvu_kind.items()]
     offsets = [(str(offset), value) for offset, value in held.fvu_without_offset.items()]
     layers = [

@@ -9,18 +9,26 @@ from ..cache_format.layout import KINDS
 from .config import TrainConfig
 from .curves import Curves, Doubles
 from .evaluate import Evaluation
+from .metrics import FiringCounts
 from .source import Source
 from .transcoder import CrossLayerTranscoder, Shape
+
+
+class Place(NamedTuple):
+    """How far a run is."""
+
+    step: int
+    """Optimiser steps done"""
+    steps: int
+    """Of the whole run, as planned"""
+    tokens: int
 
 
 class RunReport(NamedTuple):
     """All that the page says."""
 
     name: str
-    step: int
-    steps: int
-    """Of the whole run, as planned"""
-    tokens: int
+    place: Place
     layers: tuple[int, ...]
     curves: Curves
     decoder_norms: Doubles
@@ -28,11 +36,34 @@ class RunReport(NamedTuple):
     frequency: Doubles
     """(layer, latent): share of the counted tokens for which it was positive"""
     counted_tokens: int
-    held_out: Evaluation | None
-    no_held_out: str
-    """Why there is no evaluation."""
+    held_out: Evaluation | str
+    """Or why there is no evaluation"""
     settings: dict[str, Any]
     cache: dict[str, Any]
+
+
+def report_run(
+    config: TrainConfig,
+    source: Source,
+    model: CrossLayerTranscoder,
+    place: Place,
+    curves: Curves,
+    firing: FiringCounts,
+    held_out: Evaluation | str,
+) -> RunReport:
+    """What report.html says of a run; reads neither activations nor metrics.jsonl."""
+    return RunReport(
+        name=config.run.resolve().name,
+        place=place,
+        layers=model.shape.layers,
+        curves=curves,
+        decoder_norms=decoder_norms(model),
+        frequency=firing.frequency().numpy(),
+        counted_tokens=firing.tokens,
+        held_out=held_out,
+        settings=settings_of(config, model.shape),
+        cache=identity_of(source),
+    )
 
 
 @torch.no_grad()

@@ -22,6 +22,10 @@ FETCHERS = 8
 """Threads that open shards and ask the kernel for chunks before they are decoded; they wait for the disk."""
 
 
+class NoTokensError(CacheError):
+    """A split holds no token, or none that counts."""
+
+
 class Selection(NamedTuple):
     """Tokens that count."""
 
@@ -95,7 +99,7 @@ class Source:
         self._splits = [cache[split] for cache in self.caches]
         self._chunk_ends = np.cumsum([s.n_chunks for s in self._splits])
         if not sum(len(s) for s in self._splits):
-            raise CacheError(
+            raise NoTokensError(
                 f"{paths[0]} has no tokens in split {split}; harvest with a larger --val-fraction"
                 if split == "val"
                 else f"{paths[0]} has no tokens in split {split}; let the harvest commit a window first"
@@ -107,7 +111,7 @@ class Source:
         self.chosen = np.isin(self.kind, kept) & ~(self.sink & (self.selection.sinks is False))
         """(token,): counts"""
         if not self.chosen.any():
-            raise CacheError(f"no token of split {split} is of the kinds {self.selection.kept_kinds}")
+            raise NoTokensError(f"no token of split {split} is of the kinds {self.selection.kept_kinds}")
 
     @property
     def n_chunks(self) -> int:
