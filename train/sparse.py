@@ -8,6 +8,7 @@ and serves all its targets; cost grows with the number of codes, not with the nu
 import warnings
 from collections.abc import Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,19 @@ class Codes:
         torch.sparse.sampled_addmm(places, grad, weight.T, out=places)
         return out
 
+    def gradients(
+        self, grad: Tensor, weight: Tensor, weight_grad: Tensor, code_grad: Tensor, *, add: bool
+    ) -> None:
+        """`weight_grad`, written or added, and `code_grad`, added; on a GPU each row of grad is read once."""
+        if on_triton(grad):
+            from .triton_codes import both_gradients
+
+            values = self._transposed_matrix.values()
+            both_gradients(self.by_latent_order, values, grad, weight, weight_grad, code_grad, add=add)
+        else:
+            self.weight_grad(grad, weight_grad, add=add)
+            self.code_grad(grad, weight, code_grad)
+
     def encoder_grad(
         self, pre_grad: Tensor, inputs: Tensor, out: Tensor | None = None, *, add: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -83,6 +97,9 @@ class Codes:
 
     def by_latent(self, values: Tensor) -> Tensor:
         """Sum over the codes of each latent: (code,) -> (latent,)."""
+        if on_triton(values):  # index_add_ there adds in an order that changes from run to run
+            ones = values.new_ones(self.n_tokens, 1)
+            return _product(self._transposed(values), ones, None, add=False)[:, 0]
         return values.new_zeros(self.n_latents).index_add_(0, self.columns, values)
 
     @cached_property
@@ -100,7 +117,7 @@ class Codes:
         return _csr(self.starts, self.columns, self.values, self._size)
 
     @cached_property
-    def _by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
+    def by_latent_order(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transpose's row starts and columns, and the order that sorts codes by latent; all int32."""
         order = torch.argsort(self.columns, stable=True)
         counts = torch.bincount(self.columns, minlength=self.n_latents)
@@ -113,7 +130,7 @@ class Codes:
         return self._transposed(self.values)
 
     def _transposed(self, values: Tensor) -> Tensor:
-        starts, columns, order = self._by_latent
+        starts, columns, order = self.by_latent_order
         return _csr(starts, columns, values.index_select(0, order), self._size[::-1])
 
 
@@ -152,8 +169,18 @@ def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int])
     return matrix
 
 
+def on_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels do the products: on CUDA, below float64, if Triton is there."""
+    return tensor.is_cuda and tensor.dtype != torch.float64 and find_spec("triton") is not None
+
+
 def _product(matrix: Tensor, dense: Tensor, out: Tensor | None, add: bool) -> Tensor:
     """matrix @ dense, written to `out` or added to it; on a CPU new pages cost more than the product."""
     if out is None:
         out, add = dense.new_empty(matrix.shape[0], dense.shape[1]), False
+    if on_triton(dense):
+        from .triton_codes import sum_rows
+
+        sum_rows(matrix.crow_indices(), matrix.col_indices(), matrix.values(), dense, out, add=add)
+        return out
     return torch.addmm(out, matrix, dense, beta=float(add), out=out)

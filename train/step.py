@@ -127,19 +127,27 @@ class _DecoderGrads:
         self.held[layer]["W_dec"] = self.room.take(self.model.W_dec[layer])
 
     def add(self, target: int, part: _MicroBatch, grad: Tensor, terms: list[Term]) -> None:
-        """One micro-batch's, from `grad` (token, d_model) of the target's standardised output."""
+        """One micro-batch's, and its codes', from `grad` (token, d_model) of the standardised output."""
         mine = self.held[target]
         mine["b_dec"] += grad.sum(dim=0)
         if self.model.shape.skip:
             mine["W_skip"].addmm_(grad.T, part.inputs(target))
-        self.add_terms(grad, terms)
+        self.add_terms(grad, terms, part.codes, part.code_grads)
 
-    def add_terms(self, grad: Tensor, terms: list[Term]) -> None:
-        """That of W_dec alone."""
+    def add_terms(
+        self, grad: Tensor, terms: list[Term], codes: dict[int, Codes], code_grads: dict[int, Tensor]
+    ) -> None:
+        """Those of W_dec, and of each source's codes."""
         for term in terms:
-            place = (term.layer, term.slot)
-            whole = self.held[term.layer]["W_dec"][term.slot]
-            term.merged.codes.weight_grad(grad, whole, add=place in self.written)
+            place, weight = (term.layer, term.slot), self.model.W_dec[term.layer][term.slot]
+            whole, add = self.held[term.layer]["W_dec"][term.slot], place in self.written
+            if len(term.sources) == 1:
+                source = term.sources[0]
+                codes[source].gradients(grad, weight, whole, code_grads[source], add=add)
+            else:
+                term.merged.codes.weight_grad(grad, whole, add=add)
+                for source in term.sources:
+                    codes[source].code_grad(grad, weight, code_grads[source])
             self.written.add(place)
 
     def finish(self, target: int) -> None:
@@ -179,23 +187,9 @@ def _target(
         auxk.add(part, target, error, scale, decoders)
         grad = error.mul_(2 * scale)
         decoders.add(target, part, grad, terms)
-        _toward_codes(model, grad, terms, part.codes, part.code_grads)
     decoders.finish(target)
     per_token = torch.cat(errors)
     return per_token.sum() * scale, per_token
-
-
-def _toward_codes(
-    model: CrossLayerTranscoder,
-    grad: Tensor,
-    terms: list[Term],
-    codes: dict[int, Codes],
-    code_grads: dict[int, Tensor],
-) -> None:
-    """Add to the gradient of each source's codes, from `grad` (token, d_model) of a target's output."""
-    for term in terms:
-        for source in term.sources:
-            codes[source].code_grad(grad, model.W_dec[term.layer][term.slot], code_grads[source])
 
 
 class _AuxK:
@@ -222,8 +216,7 @@ class _AuxK:
             left = term.merged.codes.decode(self.model.W_dec[term.layer][term.slot], left)
         self.values["auxk"] += left.square().sum() * weight
         grad = left.mul_(2 * weight)
-        decoders.add_terms(grad, terms)
-        _toward_codes(self.model, grad, terms, part.dead_codes, part.dead_code_grads)
+        decoders.add_terms(grad, terms, part.dead_codes, part.dead_code_grads)
 
 
 def _encode(
@@ -283,7 +276,8 @@ def _total_variance(parts: list[_MicroBatch], target: int, variance: str) -> Ten
         return parts[0].model.outputs.variance[target] * tokens
     mean = torch.stack([part.targets(target).sum(dim=0) for part in parts]).sum(dim=0) / tokens
     centred = (part.targets(target).sub_(mean) for part in parts)
-    return torch.stack([torch.linalg.vector_norm(values).square() for values in centred]).sum()
+    squares: list[Tensor] = [torch.linalg.vector_norm(values).square() for values in centred]
+    return torch.stack(squares).sum()
 
 
 def _fired(parts: list[_MicroBatch], source: int) -> Tensor:

@@ -1,0 +1,48 @@
+"""The memory formula against counts of real tensors, and the number that a plan rests on."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_transcoder import SHAPE, make_batch, make_model
+
+from clt.train.memory import llava_shape, step_memory, table
+from clt.train.optimizer import Optimizer
+from clt.train.step import train_step
+
+
+def test_llava_fits_one_device_of_80_gb() -> None:
+    """14.2 B parameters in bfloat16 with 8-bit Adam: weights and state alone are 57.4 GB."""
+    assert llava_shape().n_parameters == 14_227_472_384
+    memory = step_memory(llava_shape(), tokens=4096, dtype="bfloat16", optimizer="adam8")
+    assert memory.parameters + memory.optimizer == pytest.approx(57.4e9, rel=0.002)
+    assert memory.device == pytest.approx(58.7e9, rel=0.002)
+    assert "**58.7**" in table()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adam8", "signum", "muon"])
+@pytest.mark.parametrize("tie", ["none", "source", "target"])
+def test_formula_counts_weights_and_state(optimizer: str, tie: str) -> None:
+    shape = dataclasses.replace(SHAPE, tie=tie, d_model=64, n_latents=128)
+    model = make_model(shape).float()
+    rule = Optimizer(model, optimizer)
+    rule.begin(0, 1e-3)
+    train_step(model, [make_batch(9, 0, shape)], rule.apply)
+    memory = step_memory(shape, tokens=9, optimizer=optimizer)
+    assert memory.parameters == sum(p.numel() * p.element_size() for p in model.parameters())
+    state = [t for layer in range(shape.n_layers) for t in rule.state(layer).values()]
+    held = sum(t.numel() * t.element_size() for t in state)
+    assert memory.optimizer == pytest.approx(held, rel=0.05)  # small vectors count otherwise
+
+
+def test_gradients_of_one_target_are_held_at_a_time() -> None:
+    """Storage of all gradients that a step hands over: one target's decoders, whatever the layers."""
+    model, places = make_model(), set()
+
+    def note(side: str, layer: int, grads: dict[str, torch.Tensor]) -> None:
+        places.add(grads["W_dec" if side == "decoder" else "W_enc"].untyped_storage().data_ptr())
+
+    train_step(model, [make_batch(9, 0), make_batch(4, 1)], note)
+    assert len(places) == 1
+    memory = step_memory(SHAPE, tokens=9, dtype="float64")
+    assert memory.gradients == max(w.numel() for w in model.W_dec) * 8

@@ -1,0 +1,102 @@
+"""How much memory a run needs, by part: a formula of sizes. benchmarks/bench_step.py measures beside it.
+
+python -m clt.train.memory     # the table of docs/memory.md
+"""
+
+from typing import NamedTuple
+
+from .shape import Shape
+
+BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
+ADAM8_BLOCK_STATE = 8 / 256
+"""Bytes a value, beside its two codes: two float32 absmax for each 256 values."""
+CODE_INDEX_BYTES = 4 + 4 + 4
+"""Of each code: its latent; and in the transpose its token and its place among the codes."""
+
+
+class StepMemory(NamedTuple):
+    """Bytes that are held at the peak of a step."""
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    """One target's decoders; each encoder uses the same room afterwards."""
+    codes: int
+    """Of all sources and micro-batches, by token and by latent, and their gradients."""
+    values: int
+    """One layer's dense values at a time: pre-activations, or a target's error beside its true values."""
+    batches: int
+    """Stored numbers of the micro-batches; in host memory where the device is another."""
+
+    @property
+    def device(self) -> int:
+        """All but the batches, which cross to the device a layer at a time."""
+        return sum(self) - self.batches
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def step_memory(
+    shape: Shape,
+    *,
+    tokens: int,
+    grad_acc_steps: int = 1,
+    dtype: str = "float32",
+    optimizer: str = "adam",
+    stored_bytes: float = 1.0,
+) -> StepMemory:
+    """Bytes of one process; tokens: of a micro-batch; stored_bytes: a value in the cache, 1 int8, 2 bf16."""
+    size = BYTES[dtype]
+    work = max(size, 4)  # sums and moments are float32 at least
+    n_codes = shape.n_layers * shape.k * tokens * grad_acc_steps
+    largest = (
+        max(shape.decoder_size(layer)[0] for layer in range(shape.n_layers)) if shape.tie == "none" else 1
+    )
+    held = shape.n_targets if shape.tie == "source" else 1
+    dense = tokens * max(shape.d_model + shape.n_latents, 2 * shape.d_model + shape.d_model // 2)
+    skip = shape.d_model**2 * size if shape.skip else 0
+    return StepMemory(
+        parameters=shape.n_parameters * size,
+        optimizer=int(shape.n_parameters * state_bytes(optimizer, work)),
+        gradients=min(held, shape.n_layers) * (largest * shape.n_latents * shape.d_model * size + skip),
+        codes=n_codes * (CODE_INDEX_BYTES + 3 * size),  # values by token, by latent, and the gradient
+        values=dense * work,
+        batches=int(2 * shape.n_layers * shape.d_model * tokens * grad_acc_steps * stored_bytes),
+    )
+
+
+def state_bytes(optimizer: str, work: int) -> float:
+    """Optimiser state of one value; work: bytes of a moment. Vectors, which are few, count like matrices."""
+    return {"adam": 2 * work, "adam8": 2 + ADAM8_BLOCK_STATE, "signum": work, "muon": work}[optimizer]
+
+
+def llava_shape(n_targets: int = 16) -> Shape:
+    """LLaVA-1.5-7B's: 32 layers of 4096 channels, expansion factor 2, k 32."""
+    return Shape(tuple(range(32)), d_model=4096, n_latents=8192, k=32, n_targets=n_targets)
+
+
+def table() -> str:
+    """What the LLaVA-1.5-7B transcoder needs, by dtype and optimiser, in GB (1e9), as Markdown."""
+    shape, tokens = llava_shape(), 4096
+    lines = [
+        f"{shape.n_parameters / 1e9:.2f} B parameters, {tokens} tokens a micro-batch, GB of 1e9 bytes",
+        "",
+        "| weights, optimiser | " + " | ".join(StepMemory._fields) + " | **device** |",
+        "|---|" + "---|" * (len(StepMemory._fields) + 1),
+    ]
+    for dtype, optimizer in (
+        ("float32", "adam"),
+        ("float32", "adam8"),
+        ("bfloat16", "adam8"),
+        ("bfloat16", "signum"),
+    ):
+        memory = step_memory(shape, tokens=tokens, dtype=dtype, optimizer=optimizer)
+        parts = " | ".join(f"{part / 1e9:.1f}" for part in memory)
+        lines.append(f"| {dtype}, {optimizer} | {parts} | **{memory.device / 1e9:.1f}** |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
