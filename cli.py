@@ -247,8 +247,9 @@ def eval_command(
     """Held-out FVU, L0 and dead share by layer, by kind and by offset, from a cache alone."""
     from .train.checkpoint import checkpoint_folder, load_transcoder
     from .train.evaluate import evaluate
-    from .train.loop import load_config, open_source
+    from .train.loop import open_source
     from .train.report import render_evaluation
+    from .train.run_folder import load_config
 
     folder = checkpoint_folder(run)
     config = load_config(folder.parent)

@@ -19,8 +19,9 @@ from rival_steps import Leaves, dense_step
 from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig, TranscoderConfig
 from clt.train.evaluate import evaluate
-from clt.train.loop import open_source, plan, train
+from clt.train.loop import open_source, train
 from clt.train.optimizer import learning_rate
+from clt.train.plan import plan
 from clt.train.reader import Reader
 from clt.train.transcoder import CrossLayerTranscoder, new_transcoder
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig, TranscoderConfig
 from clt.train.evaluate import evaluate
-from clt.train.loop import annealed, load_config, open_source, train
+from clt.train.loop import open_source, train
+from clt.train.plan import annealed
+from clt.train.run_folder import load_config
 
 ACTIVATIONS: dict[str, dict[str, Any]] = {
     "topk": {"auxk_alpha": 1 / 32, "k_anneal_steps": 3},
@@ -51,7 +53,7 @@ def test_every_activation_resumes_exactly(
     cache: Path, tmp_path: Path, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Thresholds, running thresholds and the schedules of k and sparsity go on where they were."""
-    monkeypatch.setattr("clt.train.loop.DEAD_AFTER_TOKENS", 120)  # so that some latents are dead at once
+    monkeypatch.setattr("clt.train.plan.DEAD_AFTER_TOKENS", 120)  # so that some latents are dead at once
     options = {**ACTIVATIONS[activation], "save_every": 2, "keep": 9}
     whole, cut = (configure(cache, tmp_path / name, activation, **options) for name in ("whole", "cut"))
     train(whole)

@@ -14,7 +14,8 @@ from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig, TranscoderConfig
 from clt.train.evaluate import evaluate
 from clt.train.finetune import start_from
-from clt.train.loop import load_config, open_source, train
+from clt.train.loop import open_source, train
+from clt.train.run_folder import load_config
 from clt.train.transcoder import CrossLayerTranscoder, new_transcoder
 
 

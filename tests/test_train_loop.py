@@ -21,9 +21,11 @@ from clt.stopping import StopRequested
 from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig, TranscoderConfig
 from clt.train.evaluate import Evaluation, evaluate
-from clt.train.loop import load_config, open_source, plan, train
+from clt.train.loop import open_source, train
 from clt.train.metrics import DeadLatents, FiringCounts
 from clt.train.optimizer import Optimizer, learning_rate
+from clt.train.plan import plan
+from clt.train.run_folder import load_config
 from clt.train.source import Selection, Source
 
 
@@ -143,13 +145,14 @@ KILLED_RUN = """
 import sys, time
 from pathlib import Path
 import clt.train.loop as loop
+from clt.train.run_folder import load_config
 from clt.stopping import stop_on_signals
 one = loop._one_step
 def slow(*args):
     time.sleep(0.03)
     return one(*args)
 loop._one_step = slow
-config = loop.load_config(Path(sys.argv[1]))
+config = load_config(Path(sys.argv[1]))
 import shutil
 shutil.rmtree(sys.argv[1])
 with stop_on_signals():

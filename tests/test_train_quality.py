@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig, TranscoderConfig
-from clt.train.loop import load_config, train
+from clt.train.loop import train
+from clt.train.run_folder import load_config
 
 
 def best_cosine(planted: torch.Tensor, found: torch.Tensor) -> float:

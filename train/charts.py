@@ -145,7 +145,7 @@ def heat_map(
     """values (row, column), NaN where there is none; darker (in dark mode: lighter) is more."""
     rows, columns = values.shape
     top = float(np.nanmax(values)) if np.isfinite(values).any() else 0.0
-    shade = np.ceil(np.nan_to_num(values) / (top or 1.0) * SHADES).astype(int)
+    shade = np.ceil(np.nan_to_num(values / (top or 1.0), posinf=1.0) * SHADES).astype(int)
     paths = "".join(
         f'<path class="cell" style="--s:{level / SHADES:.3f}" d="'
         + "".join(f"M{c} {r}h1v1h-1z" for r, c in np.argwhere((shade == level) & np.isfinite(values)))

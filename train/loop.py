@@ -1,6 +1,5 @@
 """`clt train`: cache in, run folder out."""
 
-import json
 import math
 import sys
 import time
@@ -12,17 +11,12 @@ from typing import NamedTuple
 import torch
 
 from ..cache_format import open_cache
-from ..cache_format.files import write_file
 from ..cache_format.layout import parse_layers
 from ..progress import Progress
 from ..stopping import StopRequested
 from .checkpoint import LATEST, TrainerState, checkpoint_folder, restore_training, save_checkpoint
 from .config import (
-    DEAD_AFTER_TOKENS,
-    DEFAULT_WARMUP_STEPS,
     TrainConfig,
-    config_from_json,
-    default_lr,
     lr_rule,
 )
 from .evaluate import Evaluation, evaluate
@@ -33,32 +27,18 @@ from .metrics import DeadLatents, FiringCounts
 from .optimizer import Optimizer, learning_rate
 from .order import predicted_partners
 from .origin import save_origin
+from .plan import annealed, plan
 from .reader import Batch, Reader
 from .report_page import write_page
+from .run_folder import begin_run
 from .run_log import RunLog
 from .run_report import Place, report_run
 from .source import NoTokensError, Selection, Source
 from .step import train_step
 from .transcoder import CrossLayerTranscoder, new_transcoder
 
-FREE_TO_CHANGE = ("save_every", "keep", "log_every", "threads", "io", "run")
-"""Settings that a resumed run may have otherwise: they do not change the weights."""
-
-
-ANNEAL_FROM = 10
-"""k begins at this times its value, as in clt-training."""
 SINK_WARNING = 0.5
 """Warn when sinks hold more than this share of a layer's variance."""
-
-
-class Plan(NamedTuple):
-    """What follows from config and cache."""
-
-    steps: int
-    tokens: int
-    lr: float
-    warmup: int
-    dead_after: int
 
 
 class TrainReport(NamedTuple):
@@ -143,7 +123,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
     if config.finetune and not (resume and (config.run / LATEST).exists()):
         for note in start_from(model, config.finetune):
             _say(note)
-    resume = _begin_run(config, resume)
+    resume = begin_run(config, resume)
     save_origin(config.run, source.manifest.source)
     run = _Run(config, source, model)
     if resume:
@@ -205,20 +185,6 @@ def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None
     )
 
 
-def plan(config: TrainConfig, source: Source, n_latents: int) -> Plan:
-    """Steps and tokens of the run, and what defaults to them."""
-    epoch_tokens = math.ceil(config.epochs * source.n_tokens)
-    tokens = min(epoch_tokens, config.tokens or epoch_tokens)
-    steps = math.ceil(tokens / config.step_tokens)
-    if config.steps is not None and config.steps < steps:
-        steps, tokens = config.steps, config.steps * config.step_tokens
-    warmup = config.lr_warmup_steps
-    if warmup is None:
-        warmup = min(DEFAULT_WARMUP_STEPS, steps // 10)
-    dead_after = min(DEAD_AFTER_TOKENS, source.n_tokens)
-    return Plan(steps, tokens, config.lr or default_lr(config.optimizer, n_latents), warmup, dead_after)
-
-
 def _one_step(run: _Run, progress: Progress) -> float:
     """Read, step, log; the step's mean FVU."""
     config, plan = run.config, run.plan
@@ -255,12 +221,6 @@ def _stops_where_not_finite(run: _Run) -> Iterator[None]:
         ) from fault
 
 
-def annealed(k: int, step: int, anneal_steps: int, n_latents: int) -> int:
-    """k of an optimiser step while it falls linearly from ten times k, or all latents, to k."""
-    first = min(n_latents, ANNEAL_FROM * k)
-    return k if step >= anneal_steps else round(first + (k - first) * step / anneal_steps)
-
-
 def _read(run: _Run) -> list[Batch]:
     """The micro-batches of one step; the run's last step may be shorter."""
     left = min(run.config.step_tokens, run.plan.tokens - run.tokens)
@@ -268,39 +228,6 @@ def _read(run: _Run) -> list[Batch]:
     if left % run.config.batch_tokens:
         sizes.append(left % run.config.batch_tokens)
     return [run.reader.next(size) for size in sizes]
-
-
-def _begin_run(config: TrainConfig, resume: bool) -> bool:
-    """Create the run folder, or check that the one to resume is this run; whether there is a checkpoint."""
-    path = config.run / "config.json"
-    if resume:
-        if not path.exists():
-            raise ValueError(f"{config.run} holds no run to resume; leave out --resume to begin one")
-        there, now = json.loads(path.read_text()), config.to_json()
-        differing = [
-            f"{name}: {there.get(name)!r} -> {now[name]!r}"
-            for name in now
-            if name not in FREE_TO_CHANGE and json.loads(json.dumps(now[name])) != there.get(name)
-        ]
-        if differing:
-            raise ValueError(
-                f"{config.run} was trained otherwise; use the same settings or another --run-name. "
-                f"Differences (there -> now): {'; '.join(differing)}"
-            )
-        return (config.run / LATEST).exists()
-    if config.run.exists() and any(config.run.iterdir()):
-        raise ValueError(f"{config.run} exists; choose another --run-name, or go on with --resume")
-    config.run.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(config.to_json(), indent=1) + "\n").encode())
-    return False
-
-
-def load_config(run: Path) -> TrainConfig:
-    """The settings of a run."""
-    path = run / "config.json"
-    if not path.exists():
-        raise ValueError(f"{run} is no run: expected a file config.json in it, found none")
-    return config_from_json(json.loads(path.read_text()))
 
 
 def _summary(run: _Run) -> str:

@@ -50,7 +50,11 @@ def step_memory(
     """Bytes of one process; tokens: of a micro-batch; stored_bytes: a value in the cache, 1 int8, 2 bf16."""
     size = BYTES[dtype]
     work = max(size, 4)  # sums and moments are float32 at least
-    n_codes = shape.n_layers * shape.k * tokens * grad_acc_steps
+    if not shape.layer_k:
+        raise ValueError(
+            f"{shape.activation} has no k, so that the number of its codes is not known beforehand"
+        )
+    n_codes = sum(shape.layer_k) * tokens * grad_acc_steps
     largest = (
         max(shape.decoder_size(layer)[0] for layer in range(shape.n_layers)) if shape.tie == "none" else 1
     )

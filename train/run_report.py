@@ -10,8 +10,9 @@ from .config import TrainConfig
 from .curves import Curves, Doubles
 from .evaluate import Evaluation
 from .metrics import FiringCounts
+from .shape import Shape
 from .source import Source
-from .transcoder import CrossLayerTranscoder, Shape
+from .transcoder import CrossLayerTranscoder
 
 
 class Place(NamedTuple):

@@ -28,7 +28,7 @@ ROOT = (GOLDEN / "zarr.json").read_bytes()
 JOURNAL = (GOLDEN / "journal.jsonl").read_bytes()
 FIELDS = {
     "width-huge": ("d_model", HUGE),
-    "width-beyond-memory": ("d_model", "1048576"),
+    "width-one-too-many": ("d_model", "1048577"),
     "width-negative": ("d_model", "-66"),
     "width-no-integer": ("d_model", "66.5"),
     "layers-very-many": ("layers", "[" + ",".join(map(str, range(5000))) + "]"),

@@ -1,0 +1,44 @@
+"""A run's folder: begun once, with the settings that a resumed run must agree with."""
+
+import json
+from pathlib import Path
+
+from ..cache_format.files import write_file
+from .checkpoint import LATEST
+from .config import TrainConfig, config_from_json
+
+FREE_TO_CHANGE = ("save_every", "keep", "log_every", "threads", "io", "run")
+"""Settings that a resumed run may have otherwise: they do not change the weights."""
+
+
+def begin_run(config: TrainConfig, resume: bool) -> bool:
+    """Create the run folder, or check that the one to resume is this run; whether there is a checkpoint."""
+    path = config.run / "config.json"
+    if resume:
+        if not path.exists():
+            raise ValueError(f"{config.run} holds no run to resume; leave out --resume to begin one")
+        there, now = json.loads(path.read_text()), config.to_json()
+        differing = [
+            f"{name}: {there.get(name)!r} -> {now[name]!r}"
+            for name in now
+            if name not in FREE_TO_CHANGE and json.loads(json.dumps(now[name])) != there.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"{config.run} was trained otherwise; use the same settings or another --run-name. "
+                f"Differences (there -> now): {'; '.join(differing)}"
+            )
+        return (config.run / LATEST).exists()
+    if config.run.exists() and any(config.run.iterdir()):
+        raise ValueError(f"{config.run} exists; choose another --run-name, or go on with --resume")
+    config.run.mkdir(parents=True, exist_ok=True)
+    write_file(path, (json.dumps(config.to_json(), indent=1) + "\n").encode())
+    return False
+
+
+def load_config(run: Path) -> TrainConfig:
+    """The settings of a run."""
+    path = run / "config.json"
+    if not path.exists():
+        raise ValueError(f"{run} is no run: expected a file config.json in it, found none")
+    return config_from_json(json.loads(path.read_text()))
