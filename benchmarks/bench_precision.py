@@ -4,7 +4,7 @@
 
 Needs the demo's model and data (`make demo`, or `python demo/build.py demo/out`). One harvest is stored in
 bf16; its values, every token in its place, are encoded again as int8. Held-out FVU is measured on the bf16
-cache's split val, input and target (**true**), and on the split val of the cache that the run was trained from
+cache's split val, input and target (**true**), and on that of the cache that the run was trained from
 (own). Another seed from bf16 shows what chance does.
 """
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from numbered import numbers, write_cache
 
 from clt.cache_format import CacheError
-from clt.train.order import ReadOrder, measured_partners, predicted_partners
 from clt.train.reader import Reader
 from clt.train.source import Selection, Source
 
@@ -208,36 +207,3 @@ def test_statistics_over_caches_are_those_of_all_tokens(tmp_path: Path) -> None:
 def test_a_split_without_tokens_is_named(caches: Callable[[int, int], Path]) -> None:
     with pytest.raises(CacheError, match="no tokens in split val; harvest with a larger --val-fraction"):
         Source([caches(300, 128)], "val")
-
-
-@settings(deadline=None)
-@given(st.integers(1, 800), st.sampled_from([64, 640, 8192]), st.integers(0, 3))
-def test_buffers_partition_the_epoch(n_chunks: int, buffer: int, epoch: int) -> None:
-    """Each chunk in exactly one buffer; no buffer over its size, none much smaller than the others."""
-    order = ReadOrder(n_chunks, buffer, seed=3)
-    sizes, seen = [], []
-    for number in range(order.n_buffers):
-        chunks = order.chunks(epoch, number)
-        sizes.append(len(chunks))
-        seen += chunks.tolist()
-    assert sorted(seen) == list(range(n_chunks))
-    assert max(sizes) <= max(1, buffer // 64)
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_measured_partners_by_hand() -> None:
-    """Samples of 3, 2 and 1 tokens: (3*2 + 2*1 + 0) / 6."""
-    assert measured_partners(np.array([7, 8, 7, 9, 7, 8], np.int32)) == pytest.approx(8 / 6)
-
-
-def test_predicted_partners_agree_with_what_is_read(tmp_path: Path) -> None:
-    """m from the formula and from ten epochs of batches, within 5 %."""
-    per_sample, window, buffer, batch, total = 40, 640, 512, 256, 10_240
-    source = Source([write_cache(tmp_path / "c", total, window, per_sample)], "train")
-    measured = []
-    with Reader(source, buffer_tokens=buffer, seed=0) as reader:
-        for _ in range(10 * total // batch):
-            measured.append(measured_partners(source.sample[reader.next(batch).token]))
-    predicted = predicted_partners(batch, source.tokens_per_sample, total, window, buffer)
-    assert source.tokens_per_sample == per_sample
-    assert np.mean(measured) == pytest.approx(predicted, rel=0.05)

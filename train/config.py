@@ -14,6 +14,7 @@ DEFAULT_BANDWIDTH = 2.0
 TIES = ("none", "source", "target")
 SCHEDULES = ("linear", "constant", "cosine")
 IO = ("mmap", "pread")
+ORDERS = ("shuffled", "sequential")
 DTYPES = ("float32", "float64")
 KINDS = ("text", "image", "bos", "template")
 EXCLUDABLE = (*KINDS, "sink")
@@ -143,6 +144,8 @@ class TrainConfig:
     """Decoding threads; None: one a core, at most 16."""
     buffer_tokens: int = 8192
     """Tokens decoded and shuffled together."""
+    order: str = "shuffled"
+    """Or sequential: tokens as they lie on disk, to see what shuffling is worth. No option of `clt`."""
     seed: int = 0
     """Of the reading order and of the weights."""
     save_every: int = 1000
@@ -158,6 +161,7 @@ class TrainConfig:
         _one_of("lr-schedule", self.lr_schedule, SCHEDULES)
         _one_of("optimizer", self.optimizer, OPTIMIZERS)
         _one_of("io", self.io, IO)
+        _one_of("order", self.order, ORDERS)
         _one_of("dtype", self.dtype, DTYPES)
         self._check_losses()
         for kind in self.kinds:

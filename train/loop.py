@@ -57,7 +57,11 @@ class _Run:
         self.plan = plan(config, source, model.shape.n_latents)
         self.optimizer = Optimizer(model, config.optimizer, config.seed, config.max_grad_norm)
         self.reader = Reader(
-            source, buffer_tokens=config.buffer_tokens, seed=config.seed, threads=config.threads
+            source,
+            buffer_tokens=config.buffer_tokens,
+            seed=config.seed,
+            threads=config.threads,
+            order=config.order,
         )
         self.dead = DeadLatents(model, self.plan.dead_after)
         self.firing = FiringCounts(model, self.plan.dead_after)
@@ -238,6 +242,7 @@ def _summary(run: _Run) -> str:
         source.n_tokens,
         source.manifest.window,
         run.config.buffer_tokens,
+        len(source.chosen),
     )
     rule = f" ({lr_rule(run.config.optimizer)})" if run.config.lr is None else ""
     return (

@@ -11,10 +11,9 @@ import numpy.typing as npt
 
 from ..cache_format.layout import CHUNK
 from ..cache_format.permutation import Bijection, permutation
+from .config import ORDERS
 
 Ints = npt.NDArray[np.int64]
-
-ORDERS = ("shuffled", "sequential")
 
 _TOKENS_KEY = 1
 """Keeps the permutation of a buffer's tokens apart from that of the epoch's chunks."""
@@ -53,19 +52,46 @@ class ReadOrder:
 
 
 def predicted_partners(
-    batch: int, tokens_per_sample: float, n_tokens: int, window: int, buffer: int
+    batch: int, tokens_per_sample: float, n_tokens: int, window: int, buffer: int, stored: int | None = None
 ) -> float:
     """m: tokens of its own sample that a token is expected to meet in its batch.
 
-    A sample's tokens lie in one window of W. Another one of them is in the same chunk of c with probability
-    (c-1)/(W-1), in another chunk of the same buffer of R with (R-c)/(N-c), and those in one buffer share
-    a batch of B with (B-1)/(R-1). A perfect shuffle has (B-1)(T-1)/N.
+    batch, tokens_per_sample, n_tokens: of the tokens that count. window, buffer: of those that are stored,
+    `stored` in all (None: all count).
+
+    A sample's tokens lie in one window of W, or in two. Another one of them is in the same chunk of c with
+    probability (c-1)/(W-1), in another chunk of the same buffer of R with (R-c)/(N-c). Of the R-1 others of
+    a buffer those that are in the same batch are counted, and so are the batch's tokens from other buffers.
     """
-    window, buffer = min(window, n_tokens), min(buffer, n_tokens)
-    batch, chunk = min(batch, buffer), min(CHUNK, n_tokens)
-    same_chunk = (chunk - 1) / max(1, window - 1)
-    same_buffer = same_chunk + (1 - same_chunk) * (buffer - chunk) / max(1, n_tokens - chunk)
-    return (tokens_per_sample - 1) * same_buffer * (batch - 1) / max(1, buffer - 1)
+    stored = stored or n_tokens
+    share = n_tokens / stored
+    n_buffers = ReadOrder(-(-stored // CHUNK), buffer, seed=0).n_buffers
+    window, chunk, size = min(window, stored) * share, min(CHUNK, stored) * share, n_tokens / n_buffers
+    same_chunk = _in_one_window(tokens_per_sample / window) * max(0.0, chunk - 1) / max(1.0, window - 1)
+    same_buffer = same_chunk + (1 - same_chunk) * (size - chunk) / max(1.0, n_tokens - chunk)
+    batch = min(batch, n_tokens)
+    own = _of_own_buffer(batch, n_tokens, size)
+    met = same_buffer * (own - 1) / max(1.0, size - 1)
+    if n_buffers > 1:
+        met += (1 - same_buffer) * (batch - own) / (n_tokens - size)
+    return (tokens_per_sample - 1) * met
+
+
+def perfect_partners(batch: int, tokens_per_sample: float, n_tokens: int) -> float:
+    """m of a perfect shuffle: every token is as likely as any other to be in the batch."""
+    return (tokens_per_sample - 1) * (min(batch, n_tokens) - 1) / max(1, n_tokens - 1)
+
+
+def _in_one_window(length: float) -> float:
+    """Chance that no window ends between two tokens of a sample of `length` windows: the mean of 1 - lag."""
+    return 1 - length / 3 if length < 1 else (1 - 1 / (3 * length)) / length
+
+
+def _of_own_buffer(batch: int, n_tokens: int, size: float) -> float:
+    """Mean number of a batch's tokens, itself included, that come from a token's own buffer of `size`."""
+    whole = n_tokens // batch * batch
+    ends = np.concatenate([np.arange(0, whole + 1, batch), np.arange(size, whole, size)])
+    return float(np.square(np.diff(np.sort(ends))).sum() / whole)
 
 
 def measured_partners(samples: npt.NDArray[np.int32]) -> float:

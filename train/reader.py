@@ -25,6 +25,10 @@ from ..cache_format.layout import BLOCK, CHUNK
 from .order import Ints, ReadOrder
 from .source import Rows, Source, default_threads
 
+_ORDER_BYTES = 64
+"""For each token of a buffer: its place and number, and what it takes to permute them."""
+_THREAD_BYTES = 1 << 20
+"""For each decoding thread: the decoder's tables, and its stack as far as it is used."""
 _SAME = {
     "fingerprint": "give it the same caches in the same order, not harvested further since",
     "split": "read the same split",
@@ -87,8 +91,9 @@ class Reader:
         self.epoch = self.buffer = self.offset = 0
         self.waited = 0.0
         """Seconds that `next` waited for decoding."""
-        self._pool = ThreadPoolExecutor(threads or default_threads(), "clt-decode")
-        self._gather = ThreadPoolExecutor(threads or default_threads(), "clt-gather")
+        self.threads = threads or default_threads()
+        self._pool = ThreadPoolExecutor(self.threads, "clt-decode")
+        self._gather = ThreadPoolExecutor(self.threads, "clt-gather")
         self._filler = ThreadPoolExecutor(1, "clt-fill")
         size = -(-source.n_chunks // self.order.n_buffers)
         self._room = [source.allocate(size) for _ in range(2)]
@@ -127,6 +132,22 @@ class Reader:
             if self.offset == len(current.place):
                 self._advance()
         return batch
+
+    def memory_bytes(self, batch_tokens: int) -> int:
+        """At most, of this reader and its source, with batches of batch_tokens of which one is alive.
+
+        Two buffers and a batch of stored numbers (`Manifest.bytes_per_token` of the layers in use) and their
+        order, for each decoding thread the chunk that it reads and room to decode it, and the source's own
+        (`Source.memory_bytes`). Pages of mapped files are not counted: the system takes them back at need.
+        """
+        room, manifest = self._room[0], self.source.manifest
+        slots = room.codes["mlp_in"].shape[1]
+        token = sum(array.nbytes for part in room for array in part.values()) // slots
+        chunk = CHUNK * manifest.d_model * (1 if manifest.precision == "int8" else 2)
+        buffers = 2 * slots * (token + _ORDER_BYTES)
+        batch = -(-batch_tokens // self.world_size) * (token + 8)
+        decoding = self.threads * (4 * chunk + _THREAD_BYTES)
+        return buffers + batch + decoding + self.source.memory_bytes()
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, for any rank of any world; what `restore` compares comes first."""

@@ -10,12 +10,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache_format import Cache, CacheError, Manifest, open_cache
-from ..cache_format.layout import CHUNK, KINDS, SITES
+from ..cache_format.layout import CHUNK, KINDS, SITES, window_files
+from ..cache_format.reader import OPEN_SHARDS
 from ..cache_format.statistics import SiteSums, Statistics, group_mask, summarise
 from .order import Ints
 
 SAME = 1e-6
 """Tokens whose variance is below this share of the whole's are one vector and its rounding."""
+
+_FILE_BYTES = 512
+"""A file's line in the journal, as Python objects."""
+_SHARD_BYTES = 4096
+"""An open shard's map, path and table entries, as Python objects."""
 
 
 FETCHERS = 8
@@ -105,10 +111,12 @@ class Source:
                 else f"{paths[0]} has no tokens in split {split}; let the harvest commit a window first"
             )
         self.kind = np.concatenate([s.token_column("kind") for s in self._splits])
-        self.sink = np.concatenate([s.token_column("sink") for s in self._splits]).astype(bool)
+        self.sink = np.concatenate([s.token_column("sink") for s in self._splits]).view(bool)
         self.sample = self._distinct_samples()
-        kept = [KINDS.index(kind) for kind in self.selection.kept_kinds]
-        self.chosen = np.isin(self.kind, kept) & ~(self.sink & (self.selection.sinks is False))
+        kept = np.isin(np.arange(256), [KINDS.index(kind) for kind in self.selection.kept_kinds])
+        self.chosen = kept[self.kind]  # a table: isin of the column itself would take ten times its memory
+        if self.selection.sinks is False:
+            self.chosen &= ~self.sink
         """(token,): counts"""
         if not self.chosen.any():
             raise NoTokensError(f"no token of split {split} is of the kinds {self.selection.kept_kinds}")
@@ -193,6 +201,16 @@ class Source:
             finally:  # where one fails the rest is cancelled, and none runs on when this raises
                 wait([future for future in (*fetched, *running) if not future.cancel()])
 
+    def memory_bytes(self) -> int:
+        """At most: seven bytes a token for kind, sink, sample and whether it counts, eight more as they are
+        read; the journals; and an index for each shard of the layers in use, as far as they stay open.
+        """
+        windows = [entry for cache in self.caches for log in cache.journals for entry in log.windows]
+        shards = len(window_files(self.split, 0, len(self.layers), self.manifest.precision == "int8"))
+        held = sum(min(OPEN_SHARDS, shards * len(split.entries)) for split in self._splits)
+        indexes = held * (16 * self.manifest.chunks_per_window + _SHARD_BYTES)
+        return 15 * len(self.kind) + sum(len(entry.files) for entry in windows) * _FILE_BYTES + indexes
+
     def statistics(self, site: str, selection: Selection | None = None) -> Statistics:
         """Moments of one site over the tokens that count, of the layers in use."""
         chosen = selection or self.selection
@@ -226,12 +244,12 @@ class Source:
 
     def _distinct_samples(self) -> npt.NDArray[np.int32]:
         """Sample numbers, made distinct between caches."""
-        columns, offset = [], 0
+        distinct, start, offset = np.empty(len(self.kind), np.int32), 0, 0
         for split in self._splits:
             column = split.token_column("sample")
-            columns.append(column + np.int32(offset))
-            offset += int(column.max(initial=-1)) + 1
-        return np.concatenate(columns)
+            np.add(column, np.int32(offset), out=distinct[start : start + len(column)])
+            start, offset = start + len(column), offset + int(column.max(initial=-1)) + 1
+        return distinct
 
 
 def _runs(owner: Ints) -> list[tuple[int, int, int]]:
