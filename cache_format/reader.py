@@ -4,8 +4,8 @@
 reads no activations. A split's tokens are counted 0..len-1 in the order on disk.
 """
 
-import resource
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,18 +21,13 @@ from .files import checksum
 from .journal import Journal, WindowEntry, check_windows, read_journal
 from .manifest import Manifest
 from .metadata import ROOT
-from .shard import Shard
+from .shard import Shard, shards_at_a_time
 from .statistics import SiteSums, Statistics, group_mask, summarise
 from .stored import missing_files, read_array, read_log, read_site_sums
 from .stored import read_manifest as read_manifest
 
 IO = ("mmap", "pread")
 MAX_LISTED = 20
-OPEN_SHARDS = 4096
-"""Shards that a split keeps open at most; maps are limited by the system (65,530 on Linux)."""
-SHARE_OF_FILES = 8
-"""A split keeps one shard open for this many files that the process may open: a mapped shard takes two, and
-several caches may be open."""
 
 
 class ChunkPlace(NamedTuple):
@@ -125,7 +120,7 @@ class Split:
         sizes = np.array([entry.tokens for entry in self.entries], np.int64)
         self._token_ends = np.cumsum(sizes)
         self._chunk_ends = np.cumsum(-(-sizes // layout.CHUNK))
-        self._shard = lru_cache(maxsize=_open_shards())(self._open_shard)
+        self._shard = lru_cache(maxsize=shards_at_a_time())(self._open_shard)
 
     def __len__(self) -> int:
         return int(self._token_ends[-1]) if len(self._token_ends) else 0
@@ -166,15 +161,11 @@ class Split:
         arrays = [codes] if scale is None else [codes, scale]
         for at, (window, slot) in enumerate(places):
             part = slice(at * layout.CHUNK, (at + 1) * layout.CHUNK)
-            try:
+            with self._naming(site, layer_index, window):
                 if window not in shards:
                     shards[window] = self._shards(site, layer_index, window)
                 for shard, array in zip(shards[window], arrays, strict=True):
                     shard.decode(slot, array[part])
-            except DamagedCacheError as fault:
-                layer = self.manifest.layers[layer_index]
-                where = f"split {self.name}, window {window}, layer {layer}, site {site}"
-                raise DamagedCacheError(f"{where}: {fault}") from fault
 
     def read(
         self, site: str, *, layers: Sequence[int] | None = None, start: int = 0, stop: int | None = None
@@ -262,8 +253,19 @@ class Split:
         for window, slot in places:
             slots.setdefault(window, []).append(slot)
         for window, wanted in slots.items():
-            for shard in self._shards(site, layer_index, window):
-                shard.will_need(wanted)
+            with self._naming(site, layer_index, window):  # the index may be what is damaged
+                for shard in self._shards(site, layer_index, window):
+                    shard.will_need(wanted)
+
+    @contextmanager
+    def _naming(self, site: str, layer_index: int, window: int) -> Iterator[None]:
+        """Say in a DamagedCacheError from inside where it is."""
+        try:
+            yield
+        except DamagedCacheError as fault:
+            layer = self.manifest.layers[layer_index]
+            where = f"split {self.name}, window {window}, layer {layer}, site {site}"
+            raise DamagedCacheError(f"{where}: {fault}") from fault
 
     def _shards(self, site: str, layer_index: int, window: int) -> list[Shard]:
         """Codes, and for int8 their scales."""
@@ -274,11 +276,6 @@ class Split:
 
     def _open_shard(self, name: str) -> Shard:
         return Shard(self.cache.path / name, self.manifest.chunks_per_window, self.cache.io)
-
-
-def _open_shards() -> int:
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(OPEN_SHARDS, allowed // SHARE_OF_FILES)
 
 
 def open_cache(path: str | Path, *, io: str = "mmap", check: bool = True) -> Cache:

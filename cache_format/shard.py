@@ -6,6 +6,7 @@ Zarr's `sharding_indexed` layout: chunk bytes in token order, then for each chun
 
 import mmap
 import os
+import resource
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -21,6 +22,11 @@ from .errors import DamagedCacheError
 
 _ABSENT = np.uint64(2**64 - 1)
 _LOCAL = threading.local()
+OPEN_SHARDS = 4096
+"""Shards that a split keeps open at most; maps are limited by the system (65,530 on Linux)."""
+SHARE_OF_FILES = 8
+"""A split keeps one shard open for this many files that the process may open: a mapped shard takes two, and
+several caches may be open."""
 
 
 def build_shard(chunks: Sequence[bytes], slots: int) -> bytes:
@@ -122,3 +128,9 @@ def _scratch(size: int) -> memoryview:
     if len(getattr(_LOCAL, "scratch", b"")) < size:
         _LOCAL.scratch = bytearray(size + size // 2)
     return memoryview(_LOCAL.scratch)[:size]
+
+
+def shards_at_a_time() -> int:
+    """How many a split may keep open."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(OPEN_SHARDS, allowed // SHARE_OF_FILES)

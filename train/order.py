@@ -66,8 +66,8 @@ def predicted_partners(
     stored = stored or n_tokens
     share = n_tokens / stored
     n_buffers = ReadOrder(-(-stored // CHUNK), buffer, seed=0).n_buffers
-    window, chunk, size = min(window, stored) * share, min(CHUNK, stored) * share, n_tokens / n_buffers
-    same_chunk = _in_one_window(tokens_per_sample / window) * max(0.0, chunk - 1) / max(1.0, window - 1)
+    width, chunk, size = min(window, stored) * share, min(CHUNK, stored) * share, n_tokens / n_buffers
+    same_chunk = _in_one_window(tokens_per_sample / width) * max(0.0, chunk - 1) / max(1.0, width - 1)
     same_buffer = same_chunk + (1 - same_chunk) * (size - chunk) / max(1.0, n_tokens - chunk)
     batch = min(batch, n_tokens)
     own = _of_own_buffer(batch, n_tokens, size)

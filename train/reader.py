@@ -141,8 +141,8 @@ class Reader:
         (`Source.memory_bytes`). Pages of mapped files are not counted: the system takes them back at need.
         """
         room, manifest = self._room[0], self.source.manifest
-        slots = room.codes["mlp_in"].shape[1]
-        token = sum(array.nbytes for part in room for array in part.values()) // slots
+        slots = len(room.codes["mlp_in"][0])
+        token = sum(int(array.nbytes) for part in room for array in part.values()) // slots
         chunk = CHUNK * manifest.d_model * (1 if manifest.precision == "int8" else 2)
         buffers = 2 * slots * (token + _ORDER_BYTES)
         batch = -(-batch_tokens // self.world_size) * (token + 8)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..cache_format import Cache, CacheError, Manifest, open_cache
 from ..cache_format.layout import CHUNK, KINDS, SITES, window_files
-from ..cache_format.reader import OPEN_SHARDS
+from ..cache_format.shard import OPEN_SHARDS
 from ..cache_format.statistics import SiteSums, Statistics, group_mask, summarise
 from .order import Ints
 
