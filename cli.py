@@ -63,7 +63,18 @@ def harvest_command(
     ] = None,
     text_column: Annotated[str | None, typer.Option(help="column of plain text [default: text]")] = None,
     split: Annotated[str, typer.Option(help="split of a hub dataset or folder")] = "train",
-    max_samples: Annotated[int | None, typer.Option(help="read at most this many samples")] = None,
+    max_samples: Annotated[
+        int | None, typer.Option(help="read at most this many samples (of all ranks)")
+    ] = None,
+    allow_outside: Annotated[
+        bool, typer.Option("--allow-outside", help="image paths may leave --image-root")
+    ] = False,
+    fetch_urls: Annotated[
+        bool, typer.Option("--fetch-urls", help="fetch images that are http or https addresses")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="threads that prepare samples [default: half the cores, at most 8]")
+    ] = None,
     shuffle_seed: Annotated[int, typer.Option(help="seeds sample order, split and windows")] = 0,
     batch_tokens: Annotated[int, typer.Option(help="tokens in one forward pass")] = 8192,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
@@ -96,8 +107,12 @@ def harvest_command(
 
     with stop_on_signals():
         report = harvest(config)
+    whose = f"rank {config.rank} of {config.world_size}: " if config.world_size > 1 else ""
     text = ", ".join(f"{n} tokens in {name}" for name, n in report.tokens.items())
-    _answer(as_json, report._asdict(), f"{cache} is complete: {text}; {report.rejected} samples rejected")
+    lines = [f"{whose}{cache} is complete: {text}; {report.rejected} samples rejected"]
+    for name, kinds in report.kinds.items():
+        lines.append(f"  {name}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+    _answer(as_json, report._asdict(), "\n".join(lines))
 
 
 @app.command()

@@ -119,6 +119,10 @@ class CacheWriter:
         """Tokens that this process committed."""
         return self._committed_here
 
+    def to_skip(self, split: str) -> int:
+        """Tokens from the cursor on that are committed already."""
+        return self._streams[split].to_skip
+
     def skippable(self, split: str, cursor: int, tokens: int) -> bool:
         """Whether the next `tokens` tokens are committed already; if so, counts them as added."""
         stream = self._streams[split]
@@ -168,8 +172,8 @@ class CacheWriter:
         self._rejected.add(sample, line)
 
     @property
-    def n_rejected(self) -> int:
-        return len(self._rejected.known)
+    def rejected(self) -> set[int]:
+        return self._rejected.known
 
     def flush(self) -> None:
         """Wait until every full window is committed."""

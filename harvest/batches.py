@@ -35,6 +35,23 @@ def pack(pool: Sequence[PreparedSample], batch_tokens: int, seed: int) -> Iterat
         yield batches[place]
 
 
+def cut(samples: Sequence[PreparedSample], budget: int) -> Iterator[list[PreparedSample]]:
+    """The samples in their order, in portions of at most `budget` tokens with padding (or one sample)."""
+    portion: list[PreparedSample] = []
+    for sample in samples:
+        if portion and padded_tokens([*portion, sample]) > budget:
+            yield portion
+            portion = []
+        portion.append(sample)
+    if portion:
+        yield portion
+
+
+def padded_tokens(samples: Sequence[PreparedSample]) -> int:
+    """Tokens of one forward pass over all of them."""
+    return len(samples) * max(sample.length for sample in samples)
+
+
 def collate(samples: list[PreparedSample]) -> Batch:
     """Pad on the right; a causal model then gives each token what it gives without the padding."""
     length = max(sample.length for sample in samples)

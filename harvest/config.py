@@ -35,7 +35,7 @@ class HarvestConfig:
     ctx_len: int = 1024
     """Tokens a sample, image tokens included; an image is never cut in two."""
     keep_image_tokens: float = 1.0
-    """Seeded random fraction of each image's tokens that is stored."""
+    """Random fraction of each image's tokens that is stored, seeded by the image."""
     exclude: tuple[str, ...] = ()
     """Kinds that are never stored."""
     image_root: Path | None = None
@@ -45,7 +45,13 @@ class HarvestConfig:
     split: str = "train"
     """Split of a hub dataset or of a folder of `datasets`."""
     max_samples: int | None = None
-    """Read at most this many samples."""
+    """Read at most this many samples (of all ranks)."""
+    allow_outside: bool = False
+    """Image paths may leave image_root."""
+    fetch_urls: bool = False
+    """Images named by http and https addresses are fetched."""
+    workers: int | None = None
+    """Threads that read and prepare samples ahead of the model; None: half the cores, at most 8."""
     shuffle_seed: int = 0
     """Seeds the order of the samples, the split, the windows, and the choice of image tokens."""
     batch_tokens: int = 8192
@@ -89,6 +95,7 @@ class HarvestConfig:
             ("ctx-len", self.ctx_len),
             ("batch-tokens", self.batch_tokens),
             ("max-samples", self.max_samples),
+            ("workers", self.workers),
         ):
             if count is not None and count < 1:
                 raise ValueError(f"--{name}: expected at least 1, found {count}")

@@ -1,27 +1,35 @@
-"""`clt harvest`: dataset and model in, cache out; stops cleanly, and goes on where it stopped."""
+"""`clt harvest`: dataset and model in, cache out; stops cleanly, and goes on where it stopped.
+
+Three things happen at once: threads of the feed read and prepare samples, this thread runs the model, and the
+outbox's thread hands what came out to the writer, whose own threads quantise, encode and write.
+"""
 
 import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from ..cache_format import CacheWriter, Manifest
+from ..cache_format import CacheWriter, Manifest, open_cache
 from ..cache_format.layout import SPLITS, parse_layers
-from ..cache_format.manifest import Scalar
 from ..progress import Progress
 from ..stopping import StopRequested
-from .batches import POOL_BATCHES, collate, pack
+from .batches import POOL_BATCHES, pack
+from .columns import describe_columns
 from .config import HarvestConfig
+from .feed import Feed, Read
+from .forward import Forward, Values, check_finite
+from .identity import describe
 from .model import Hookpoints, LoadedModel, find_hookpoints, load_model
-from .rows import BadSample, Rows, open_rows, sample_order
-from .samples import is_val, parse_sample, sample_id
+from .outbox import Outbox
+from .rows import Rows, open_rows
 from .taps import MlpTaps
-from .tokens import PreparedSample, prepare
+from .tokens import PreparedSample
 
 BAD_FRACTION_AFTER = 100
 """Samples to see before --max-bad-fraction is judged."""
@@ -32,6 +40,8 @@ DISK_RESERVE = 1.05
 class HarvestReport(NamedTuple):
     tokens: dict[str, int]
     """Committed, by split (of this rank)."""
+    kinds: dict[str, dict[str, int]]
+    """Tokens by split and kind, and `sink` among them, of the whole cache as it stands."""
     rejected: int
     complete: bool
 
@@ -41,96 +51,100 @@ class _Harvest:
     """What the loop carries."""
 
     config: HarvestConfig
-    model: LoadedModel
-    rows: Rows
-    order: np.ndarray[tuple[int], np.dtype[np.int64]]
+    forward: Forward
     writer: CacheWriter
-    taps: MlpTaps
+    """Written to by the outbox's thread only."""
+    outbox: Outbox
     progress: Progress
+    to_skip: dict[str, int]
+    """Tokens that come again and are committed already."""
+    planned: int
+    """Tokens of split train that the outbox holds or has delivered."""
+    known_bad: frozenset[int]
+    """Rejected by an earlier run."""
     pools: dict[str, list[PreparedSample]] = field(default_factory=lambda: {split: [] for split in SPLITS})
     seen: int = 0
+    bad: int = 0
+
+    @property
+    def full(self) -> bool:
+        """No more tokens of split train are wanted."""
+        return self.writer.max_tokens is not None and self.planned >= self.writer.max_tokens
 
 
 def harvest(config: HarvestConfig) -> HarvestReport:
     """Run the model over the dataset and store what its MLPs read and wrote."""
     rows = open_rows(config.dataset, config.split)
+    say_columns(rows, config)
     model = load_model(config)
     hookpoints = find_hookpoints(model, config.mlp, config.input_site)
     layers = parse_layers(config.layers, tuple(range(model.n_layers)))
     manifest = describe(config, model, rows, hookpoints, layers)
     wanted = config.tokens and _share(config.tokens, config.rank, config.world_size)
     threads = min(8, max(1, torch.get_num_threads()))
-    order = sample_order(len(rows), config.shuffle_seed, config.rank, config.world_size)
-    with (
-        CacheWriter(config.cache, manifest, rank=config.rank, threads=threads, max_tokens=wanted) as writer,
-        _tap(model, hookpoints, layers) as taps,
-        Progress("harvest", total=wanted, unit="tok", done=writer.committed("train")) as progress,
-    ):
+    with ExitStack() as stack:
+        writer = stack.enter_context(
+            CacheWriter(config.cache, manifest, rank=config.rank, threads=threads, max_tokens=wanted)
+        )
         if not writer.complete:
             _check_disk(config.cache, manifest, wanted)
-            run = _Harvest(config, model, rows, order[: config.max_samples], writer, taps, progress)
-            _run(run)
-        return HarvestReport({s: writer.committed(s) for s in SPLITS}, writer.n_rejected, writer.complete)
+            done = writer.committed("train")
+            progress = stack.enter_context(Progress("harvest", total=wanted, unit="tok", done=done))
+            taps = stack.enter_context(_tap(model, hookpoints, layers))
+            outbox = stack.enter_context(Outbox())
+            forward = Forward(model, taps, config.batch_tokens)
+            run = _begin(config, forward, writer, outbox, progress)
+            cursors = {split: writer.cursor(split) for split in SPLITS}
+            with closing(Feed(rows, model, config, cursors).reads()) as feed:
+                _run(run, feed)
+        committed = {split: writer.committed(split) for split in SPLITS}
+        return HarvestReport(committed, _kinds(config.cache), len(writer.rejected), writer.complete)
 
 
-def describe(
-    config: HarvestConfig, model: LoadedModel, rows: Rows, hookpoints: Hookpoints, layers: tuple[int, ...]
-) -> Manifest:
-    """The manifest: everything that decides the cache's content."""
-    template = getattr(model.processor, "chat_template", None) or model.tokenizer.chat_template
-    source: dict[str, Scalar] = {
-        "model": config.model,
-        "model_type": model.config.model_type,
-        "revision": config.revision or getattr(model.config, "_commit_hash", None),
-        "weights_hash": model.weights_hash,
-        "mlps": hookpoints.mlps[0].replace(".0.", ".{}.", 1),
-        "dtype": str(next(model.body.parameters()).dtype).removeprefix("torch."),
-        "chat_template_hash": _hash(template or ""),
-        "processor_hash": _hash(
-            str(getattr(model.processor, "image_processor", "")) + str(len(model.tokenizer))
-        ),
-        "dataset": config.dataset,
-        "dataset_split": config.split,
-        "dataset_fingerprint": rows.fingerprint,
-        "input_site": config.input_site,
-        "tokens": config.tokens,
-        "max_samples": config.max_samples,
-        "val_fraction": config.val_fraction,
-        "ctx_len": config.ctx_len,
-        "keep_image_tokens": config.keep_image_tokens,
-        "exclude": ",".join(sorted(config.exclude)),
-        "text_column": config.text_column,
-        "image_root": str(config.image_root) if config.image_root else None,
-        "batch_tokens": config.batch_tokens,
-        **{f"{package}_version": version(package) for package in ("torch", "transformers")},
-    }
-    return Manifest(
-        d_model=model.d_model,
-        layers=layers,
-        precision=config.precision,
-        step_divisor=config.step_divisor if config.precision == "int8" else 0.0,
-        window=config.window,
-        seed=config.shuffle_seed,
-        world_size=config.world_size,
-        source=source,
+def say_columns(rows: Rows, config: HarvestConfig) -> None:
+    """Print what is read from where; ValueError with the first row's keys where nothing is understood."""
+    heads = [tuple(map(str, row)) for row in rows.head()]
+    try:
+        found = describe_columns(heads, config.text_column)
+    except ValueError as fault:
+        raise ValueError(f"{config.dataset}: {fault}") from fault
+    if config.rank == 0:
+        print(f"columns: {found}", file=sys.stderr, flush=True)
+
+
+def _begin(
+    config: HarvestConfig, forward: Forward, writer: CacheWriter, outbox: Outbox, progress: Progress
+) -> _Harvest:
+    return _Harvest(
+        config=config,
+        forward=forward,
+        writer=writer,
+        outbox=outbox,
+        progress=progress,
+        to_skip={split: writer.to_skip(split) for split in SPLITS},
+        planned=writer.added("train"),
+        known_bad=frozenset(writer.rejected),
     )
 
 
-def _run(run: _Harvest) -> None:
-    """Read samples in order; whenever a split's pool is full, run it through the model."""
+def _run(run: _Harvest, feed: Iterator[Read]) -> None:
+    """Take samples in order; whenever a split's pool is full, run it through the model."""
     writer, config = run.writer, run.config
     limit = POOL_BATCHES * config.batch_tokens
-    for place in range(min(writer.cursor(split) for split in SPLITS), len(run.order)):
-        if writer.full:
+    first = min(writer.cursor(split) for split in SPLITS) * config.world_size
+    run.bad = sum(number < first for number in run.known_bad)
+    for read in feed:
+        StopRequested.check()
+        if run.full:
             break
-        for split, sample in _read(run, place):
-            run.pools[split].append(sample)
-            if sum(s.length for s in run.pools[split]) >= limit:
+        _take(run, read)
+        for split in SPLITS:
+            if sum(sample.length for sample in run.pools[split]) >= limit:
                 _run_pool(run, split)
-        _check_bad_fraction(run)
     for split in SPLITS:
         if run.pools[split]:
             _run_pool(run, split)
+    run.outbox.drain()
     if writer.committed("train") == 0 and not writer.has_tokens:
         raise ValueError(
             f"{config.dataset}: of {run.seen} samples none could be stored; "
@@ -139,24 +153,26 @@ def _run(run: _Harvest) -> None:
     writer.finish()
 
 
-def _read(run: _Harvest, place: int) -> Iterator[tuple[str, PreparedSample]]:
-    """The sample at `place` of the order with its split, unless it is bad, or committed already."""
-    config, row_number = run.config, int(run.order[place])
-    number = place * config.world_size + config.rank
-    run.seen += 1
-    name = f"row-{row_number}"
-    try:
-        row = run.rows[row_number]
-        name = sample_id(row, row_number)
-        split = "val" if is_val(name, config.shuffle_seed, config.val_fraction) else "train"
-        if place < run.writer.cursor(split):
-            return
-        sample = parse_sample(row, row_number, config.text_column, config.image_root or run.rows.folder)
-        yield split, prepare(sample, number, run.model, config)
-    except BadSample as fault:
+def _take(run: _Harvest, read: Read) -> None:
+    """Pool a sample, or record why it cannot be had, and judge whether there are too many of those."""
+    config = run.config
+    run.seen = read.number // config.world_size + 1
+    run.bad += read.reason is not None or read.number in run.known_bad
+    if read.reason is not None:
         if config.on_bad_sample == "fail":
-            raise ValueError(f"sample {name!r} (row {row_number}): {fault}") from fault
-        run.writer.reject(number, {"sample": number, "row": row_number, "id": name, "reason": str(fault)})
+            raise ValueError(f"sample {read.id!r} (row {read.row}): {read.reason}")
+        line = {"sample": read.number, "row": read.row, "id": read.id, "reason": read.reason}
+        run.outbox.put_note(partial(run.writer.reject, read.number, line))
+    elif read.prepared is not None:
+        assert read.split is not None
+        run.pools[read.split].append(read.prepared)
+    if run.seen >= BAD_FRACTION_AFTER and run.bad > config.max_bad_fraction * run.seen:
+        run.outbox.drain()
+        raise ValueError(
+            f"{run.bad} of {run.seen} samples are bad, more than --max-bad-fraction "
+            f"{config.max_bad_fraction}; see {config.cache / 'rejected.jsonl'}, "
+            "mend the dataset or raise the fraction"
+        )
 
 
 def _run_pool(run: _Harvest, split: str) -> None:
@@ -164,20 +180,34 @@ def _run_pool(run: _Harvest, split: str) -> None:
     cursor = pool[0].number // run.config.world_size
     for samples in pack(pool, run.config.batch_tokens, run.config.shuffle_seed):
         StopRequested.check()
-        if split == "train" and run.writer.full:
+        if split == "train" and run.full:
             return
         stored = sum(len(sample.columns["sample"]) for sample in samples)
-        if run.writer.skippable(split, cursor, stored):
+        skipped = min(stored, run.to_skip[split])
+        run.to_skip[split] -= skipped
+        if split == "train":
+            run.planned += stored - skipped
+        if skipped == stored > 0:
+            run.outbox.put_note(partial(_skip, run.writer, split, cursor, stored))
             continue
-        batch = collate(samples)
-        inputs = {name: _to_device(value, run.model) for name, value in batch.inputs.items()}
-        values = run.taps.run(run.model.body, inputs, batch.keep.to(run.model.device))
-        start = 0
-        for sample in samples:
-            rows = slice(start, start := start + len(sample.columns["sample"]))
-            part = {site: value[rows] for site, value in values.items()}
-            run.writer.add(split, cursor, sample.line, sample.columns, part)
-        _report(run)
+        for part, values in run.forward.compute(samples):
+            run.outbox.put_batch(partial(_store, run, split, cursor, part, values))
+
+
+def _store(run: _Harvest, split: str, cursor: int, samples: list[PreparedSample], values: Values) -> None:
+    """In the outbox's thread: give the writer each sample's part."""
+    start = 0
+    for sample in samples:
+        rows = slice(start, start := start + len(sample.columns["sample"]))
+        part = {site: value[rows] for site, value in values.items()}
+        if run.config.precision == "bf16":  # int8 looks for itself
+            check_finite(sample, part, run.writer.manifest.layers)
+        run.writer.add(split, cursor, sample.line, sample.columns, part)
+    _report(run)
+
+
+def _skip(writer: CacheWriter, split: str, cursor: int, tokens: int) -> None:
+    assert writer.skippable(split, cursor, tokens)
 
 
 def _report(run: _Harvest) -> None:
@@ -188,13 +218,9 @@ def _report(run: _Harvest) -> None:
     run.progress.advance_to(writer.added("train"), f"{writer.bytes_written / 1e6:.0f} MB written{bits}")
 
 
-def _check_bad_fraction(run: _Harvest) -> None:
-    bad, allowed = run.writer.n_rejected, run.config.max_bad_fraction
-    if run.seen >= BAD_FRACTION_AFTER and bad > allowed * run.seen:
-        raise ValueError(
-            f"{bad} of {run.seen} samples are bad, more than --max-bad-fraction {allowed}; "
-            f"see {run.config.cache / 'rejected.jsonl'}, mend the dataset or raise the fraction"
-        )
+def _kinds(cache: Path) -> dict[str, dict[str, int]]:
+    opened = open_cache(cache, check=False)
+    return {split: {**opened[split].counts(), "sink": opened[split].n_sinks} for split in SPLITS}
 
 
 def _check_disk(cache: Path, manifest: Manifest, tokens: int | None) -> None:
@@ -215,17 +241,5 @@ def _tap(model: LoadedModel, hookpoints: Hookpoints, layers: tuple[int, ...]) ->
     return MlpTaps(chosen(hookpoints.mlps), chosen(hookpoints.norms) if hookpoints.norms else None)
 
 
-def _to_device(value: torch.Tensor, model: LoadedModel) -> torch.Tensor:
-    """Pictures also take the model's number type."""
-    dtype = next(model.body.parameters()).dtype if value.is_floating_point() else None
-    return value.to(model.device, dtype)
-
-
 def _share(tokens: int, rank: int, world_size: int) -> int:
     return tokens // world_size + (rank < tokens % world_size)
-
-
-def _hash(text: str) -> str:
-    import hashlib
-
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -68,9 +68,7 @@ def prepare(sample: Sample, number: int, model: LoadedModel, config: HarvestConf
     line = {
         "sample": number,
         "id": sample.id,
-        "images": [
-            {"file": p.reference, "sha256": p.sha256, "size": list(p.image.size)} for p in sample.pictures
-        ],
+        "images": [{"file": p.reference, "sha256": p.sha256, "size": list(p.size)} for p in sample.pictures],
         "length": length,
         "cut": len(ids) - length,
         "stored": int(keep.sum()),
@@ -97,7 +95,12 @@ def _tokenise_turns(sample: Sample, model: LoadedModel) -> tuple[dict[str, Tenso
     if model.image_token is None:
         raise BadSample(f"{model.name} is a language model: it cannot read images")
     pictures = [picture.image for picture in sample.pictures]
-    full = model.processor(text=rendered, images=pictures, add_special_tokens=special, return_tensors="pt")
+    try:
+        full = model.processor(
+            text=rendered, images=pictures, add_special_tokens=special, return_tensors="pt"
+        )
+    except (ValueError, IndexError) as fault:
+        raise BadSample(f"the model's processor cannot take it: {fault}") from fault
     inputs = {name: value for name, value in full.items() if isinstance(value, Tensor)}
     ids = inputs["input_ids"][0].tolist()
     return inputs, _carry_over(plain["input_ids"], content, ids, model.image_token)

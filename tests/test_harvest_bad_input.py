@@ -49,7 +49,7 @@ BAD_ROWS = {
     ),
     "address": (
         {"image": "https://example.org/a.png", "conversations": say("<image>\nx")},
-        "addresses are not fetched",
+        "is an address",
     ),
     "more tags than images": (
         {"image": "good.png", "conversations": say("<image> <image> x")},
@@ -68,9 +68,9 @@ BAD_ROWS = {
     "unknown speaker": ({"conversations": [{"from": "robot", "value": "x"}]}, "'robot'"),
     "wrong types": (
         {"conversations": [{"from": "human", "value": 3}]},
-        'expected {"from": ..., "value": ...}',
+        'expected {"from": ..., "value": ...} or',
     ),
-    "no known column": ({"caption": "x"}, "expected `conversations` or a string in `text`"),
+    "no known column": ({"title": "x"}, "expected a column conversations, messages"),
     "image token in plain text": ({"text": "see <image> there"}, "the model's image token"),
     "image that does not fit": (
         {"image": "good.png", "conversations": say("a red circle " * 20 + "<image>")},

@@ -1,5 +1,6 @@
 """Datasets in every form, and the order in which they are read."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import datasets
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
-from clt.harvest.rows import BadSample, JsonLines, open_rows, sample_order
-from clt.harvest.samples import is_val, parse_sample
+from clt.harvest.pictures import PictureSource, load_picture
+from clt.harvest.rows import BadSample, JsonLines, Table, open_rows
+from clt.harvest.samples import is_val, parse_sample, split_tags
 
 ROWS = [{"id": f"t{i}", "text": f"text number {i}"} for i in range(5)]
 
@@ -37,17 +40,17 @@ def test_every_form_gives_the_same_rows(tmp_path: Path, form: str, monkeypatch: 
 
 
 def test_pictures_inside_a_parquet_file_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`image` as {bytes, path}, and as a decoded picture."""
+    """`image` as {bytes, path}."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     tiny.write_picture(tmp_path / "a.png", np.random.default_rng(0))
     data = (tmp_path / "a.png").read_bytes()
     row = tiny.picture_row(0, {"bytes": data, "path": "a.png"})
     datasets.Dataset.from_list([row]).to_parquet(tmp_path / "d.parquet")
-    sample = parse_sample(open_rows(str(tmp_path / "d.parquet"), "train")[0], 0, None, None)
-    assert sample.pictures[0].reference == "a.png"
-    assert sample.pictures[0].image.size == (tiny.SIDE, tiny.SIDE)
-    decoded = parse_sample({**row, "image": sample.pictures[0].image}, 0, None, None)
-    assert np.array_equal(np.asarray(decoded.pictures[0].image), np.asarray(sample.pictures[0].image))
+    sample = parse_sample(open_rows(str(tmp_path / "d.parquet"), "train")[0], 0, None)
+    picture = load_picture(sample.references[0], PictureSource(None))
+    assert picture.reference == "a.png"
+    assert picture.sha256 == hashlib.sha256(data).hexdigest()
+    assert np.array_equal(np.asarray(picture.image), np.asarray(Image.open(tmp_path / "a.png")))
 
 
 def test_a_missing_split_is_named(tmp_path: Path) -> None:
@@ -72,9 +75,14 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_share_the_samples(world: int) -> None:
     """Every row belongs to exactly one rank, in an order that the seed decides."""
-    parts = [sample_order(100, 7, rank, world) for rank in range(world)]
-    assert sorted(np.concatenate(parts).tolist()) == list(range(100))
-    assert parts[0].tolist() != sample_order(100, 8, 0, world).tolist()
+    rows = Table([{"text": str(i)} for i in range(100)], "", None)
+    parts = [[(one.number, one.row) for one in rows.walk(7, rank, world)] for rank in range(world)]
+    assert sorted(row for part in parts for _, row in part) == list(range(100))
+    assert sorted(pair for part in parts for pair in part) == [
+        (one.number, one.row) for one in rows.walk(7, 0, 1)
+    ]
+    assert [one.row for one in rows.walk(7, 0, 1)] != [one.row for one in rows.walk(8, 0, 1)]
+    assert all(one.read() == {"text": str(one.row)} for one in rows.walk(7, 0, 1))
 
 
 def test_val_is_a_share_of_the_ids() -> None:
@@ -97,12 +105,10 @@ def test_val_is_a_share_of_the_ids() -> None:
 )
 def test_tags_cut_the_text(value: str, parts: list[Any]) -> None:
     """The newline beside a tag belongs to the tag; other text stays as it is."""
+    assert split_tags(value) == parts
     row = {"conversations": [{"from": "human", "value": value}]}
     if None in parts:
         with pytest.raises(BadSample, match=f"{parts.count(None)} times <image>"):
-            parse_sample(row, 0, None, None)
-        from clt.harvest.samples import _parse_turn
-
-        assert _parse_turn(row["conversations"][0]).parts == parts
+            parse_sample(row, 0, None)
     else:
-        assert parse_sample(row, 0, None, None).turns[0].parts == parts
+        assert parse_sample(row, 0, None).turns[0].parts == parts

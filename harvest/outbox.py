@@ -1,0 +1,44 @@
+"""What goes to the writer, in order, by a thread of its own, while the model computes the next batch."""
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+MOST_BATCHES = 2
+"""Batches of activations that wait or are being stored; whoever brings another one waits."""
+
+
+class Outbox:
+    """Everything that touches the writer goes through here, so that its order is that of the samples."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "clt-store")
+        self._batches: deque[Future[None]] = deque()
+        self._notes: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "Outbox":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def put_batch(self, store: Callable[[], None]) -> None:
+        """Store later; waits while MOST_BATCHES are not stored, and raises what storing raised."""
+        while len(self._batches) >= MOST_BATCHES:
+            self._batches.popleft().result()
+        self._batches.append(self._thread.submit(store))
+
+    def put_note(self, write: Callable[[], None]) -> None:
+        """Write later something that takes no time and no memory."""
+        while self._notes and self._notes[0].done():
+            self._notes.popleft().result()
+        self._notes.append(self._thread.submit(write))
+
+    def drain(self) -> None:
+        """Wait until all is stored."""
+        for jobs in (self._batches, self._notes):
+            while jobs:
+                jobs.popleft().result()
