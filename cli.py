@@ -359,7 +359,9 @@ def _explain(fault: OSError) -> OSError | RuntimeError:
     if fault.errno != 28:  # ENOSPC
         return fault
     where = f" ({fault.filename})" if fault.filename else ""
-    return RuntimeError(f"the disk is full{where}; what was committed is kept, free some space and run again")
+    return RuntimeError(
+        f"the disk is full{where}; what was committed is kept, free some space and run again (train: with --resume)"
+    )
 
 
 if __name__ == "__main__":

@@ -6,17 +6,21 @@
       layers.<l>/optimizer.safetensors    the optimiser's state of the same
       trainer.json, trainer.safetensors   step, tokens, place of the reader; when and how often latents fired
 
-A step folder appears whole, by a rename, and `latest` names it after that. No pickle.
+A step folder appears whole, by a rename, and `latest` names it after that; it goes by a rename too. What else
+a kill may leave has a name that begins with a dot, and the next save removes it. No pickle.
 """
 
+import errno
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,29 +46,63 @@ class TrainerState(NamedTuple):
 def save_checkpoint(
     run: Path, model: CrossLayerTranscoder, optimizer: Optimizer, state: TrainerState, keep: int
 ) -> Path:
-    """Write one step folder; older ones beyond `keep` go once it is in place."""
+    """Write one step folder; older ones beyond `keep` go once it is in place.
+
+    Raises OSError, with all that was saved before as it was, when the disk is full.
+    """
     target = run / f"step-{state.step:08d}"
+    if (run / LATEST).exists() and checkpoint_folder(run) == target:
+        return target  # asked to stop right after a save
+    for left in run.glob(".step-*"):
+        shutil.rmtree(left)
     partial = run / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_step(partial, model, optimizer, state)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.exists():  # a kill came before `latest` named it
+        _remove(target)
+    os.replace(partial, target)
+    sync_folders([run])
+    write_file(run / LATEST, target.name.encode())
+    sync_folders([run])
+    steps = sorted(run.glob("step-*"))
+    older = [step for step in steps if step < target]
+    for old in [*older[: max(0, len(older) - keep + 1)], *(step for step in steps if step > target)]:
+        _remove(old)
+    return target
+
+
+def _write_step(
+    partial: Path, model: CrossLayerTranscoder, optimizer: Optimizer, state: TrainerState
+) -> None:
     partial.mkdir(parents=True)
     (partial / "shape.json").write_text(json.dumps(asdict(model.shape)))
     for place, layer in enumerate(model.shape.layers):
         folder = partial / f"layers.{layer}"
         folder.mkdir()
-        save_file(layer_tensors(model, place), folder / "transcoder.safetensors")
-        save_file(optimizer.state(place), folder / "optimizer.safetensors")
+        _write_tensors(folder / "transcoder.safetensors", layer_tensors(model, place))
+        _write_tensors(folder / "optimizer.safetensors", optimizer.state(place))
     latents = {"tokens_since_fired": state.tokens_since_fired, **state.firing}
-    save_file(latents, partial / "trainer.safetensors")
+    _write_tensors(partial / "trainer.safetensors", latents)
     trainer = {"step": state.step, "tokens": state.tokens, "reader": state.reader}
     (partial / "trainer.json").write_text(json.dumps(trainer))
     _sync_tree(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
-    write_file(run / LATEST, target.name.encode())
-    sync_folders([run])
-    for old in sorted(run.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
-    return target
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as fault:  # it tells the system's error in words only
+        number = re.search(r"os error (\d+)", str(fault))
+        raise OSError(int(number[1]) if number else errno.EIO, str(fault), str(path)) from fault
+
+
+def _remove(step: Path) -> None:
+    gone = step.with_name(f".{step.name}.removed")
+    os.replace(step, gone)
+    shutil.rmtree(gone)
 
 
 def load_transcoder(path: str | Path) -> CrossLayerTranscoder:

@@ -29,7 +29,7 @@ def begin_run(config: TrainConfig, resume: bool) -> bool:
                 f"Differences (there -> now): {'; '.join(differing)}"
             )
         return (config.run / LATEST).exists()
-    if config.run.exists() and any(config.run.iterdir()):
+    if config.run.exists() and any(p for p in config.run.iterdir() if not p.name.endswith(".partial")):
         raise ValueError(f"{config.run} exists; choose another --run-name, or go on with --resume")
     config.run.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(config.to_json(), indent=1) + "\n").encode())
