@@ -210,7 +210,9 @@ def train_command(
     ] = None,
     kinds: Annotated[str, typer.Option(help="kinds of tokens that count")] = ",".join(KINDS),
     exclude: Annotated[str | None, typer.Option(help="kinds that do not count, and sink: bos,sink")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="of weights: float32, bfloat16 (rounded stochastically) or float64")
+    ] = "float32",
     device: Annotated[str | None, typer.Option(help="[default: cuda where there is one]")] = None,
     io: Annotated[str, typer.Option(help="mmap, or pread for network file systems")] = "mmap",
     threads: Annotated[int | None, typer.Option(help="decoding threads [default: one a core]")] = None,
@@ -360,7 +362,8 @@ def _explain(fault: OSError) -> OSError | RuntimeError:
         return fault
     where = f" ({fault.filename})" if fault.filename else ""
     return RuntimeError(
-        f"the disk is full{where}; what was committed is kept, free some space and run again (train: with --resume)"
+        f"the disk is full{where}; what was committed is kept, free some space and run again "
+        "(train: with --resume)"
     )
 
 

@@ -1,8 +1,8 @@
 """Trains, dying or failing at a chosen moment. Run as `python killed_training.py CONFIG_RUN FIRST STEP LAST`.
 
-Everything that changes the disk in a save, every micro-batch that is read and every layer that is updated is a
-moment, counted from 0. For each of the moments FIRST, FIRST + STEP, ... a child of its own is killed there, and a
-second one resumes and finishes. Children are forked before torch has threads, so that torch is imported once.
+Everything that changes the disk in a save, every micro-batch that is read and every layer that is updated is
+a moment, counted from 0. For each of the moments FIRST, FIRST + STEP, ... a child of its own is killed there,
+and a second one resumes and finishes. Children are forked before torch has threads; torch is imported once.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A kill or a full disk at any moment of a run: what was saved stays, and finishing gives the same weights."""
+"""A kill or a full disk at any moment of a run: what was saved stays; finishing gives the same weights."""
 
 import errno
 import json
@@ -71,9 +71,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(cache: Path, tmp_path:
     assert len(hit) >= 4
 
 
-def test_killed_and_resumed_with_rounded_weights_and_8_bit_state(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_and_resumed_with_rounded_weights_and_muon(cache: Path, tmp_path: Path) -> None:
     hit = kill_and_resume(cache, tmp_path / "run", (20, 60, 400), optimizer="muon", dtype="bfloat16")
     assert len(hit) >= 2
 

@@ -110,8 +110,12 @@ def test_accumulation_halves_the_steps_and_keeps_the_schedule(cache: Path, tmp_p
     assert found[-1]["lr"] == pytest.approx(5e-3 / 5)
 
 
-def test_accumulated_run_equals_the_run_with_larger_batches(cache: Path, tmp_path: Path) -> None:
-    one = configure(cache, tmp_path / "one", batch_tokens=200, tokens=2000, dtype="float64")
+@pytest.mark.parametrize("variance", ["cache", "batch"])
+def test_accumulated_run_equals_the_run_with_larger_batches(
+    cache: Path, tmp_path: Path, variance: str
+) -> None:
+    options: dict[str, Any] = {"batch_tokens": 200, "tokens": 2000, "dtype": "float64"}
+    one = configure(cache, tmp_path / "one", fvu_variance=variance, **options)
     two = replace(one, run=tmp_path / "two", batch_tokens=100, grad_acc_steps=2)
     train(one)
     train(two)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from tiny_transcoder import SHAPE, make_model
+from tiny_transcoder import SHAPE, make_batch, make_model
 
 from clt.train.activation import top_k
 from clt.train.shape import Shape
 from clt.train.sparse import Codes, merge
-from clt.train.transcoder import CrossLayerTranscoder
+from clt.train.step import train_step
+from clt.train.transcoder import CrossLayerTranscoder, Standardiser
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -136,3 +138,26 @@ def test_sparse_products_equal_dense_ones(places: np.ndarray, seed: int) -> None
     weight_grad, bias_grad = codes.encoder_grad(code_grad, inputs)
     torch.testing.assert_close(weight_grad, full.T @ inputs)
     torch.testing.assert_close(bias_grad, full.sum(dim=0))
+
+
+def test_bfloat16_weights_compute_what_their_float32_copies_do() -> None:
+    """Step, encode and forward; gradients come in float32."""
+    half = make_model()
+    sites = [Standardiser(s.mean.float(), s.scale.float()) for s in (half.inputs, half.outputs)]
+    models = [CrossLayerTranscoder(SHAPE, *sites, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    for name, parameter in models[0].named_parameters():
+        parameter.data.copy_(half.get_parameter(name))
+        models[1].get_parameter(name).data.copy_(parameter)
+        assert parameter.dtype == (torch.bfloat16 if name[:5] in ("W_enc", "W_dec") else torch.float32)
+    x = torch.randn(9, SHAPE.n_layers, SHAPE.d_model)
+    found: list[dict[tuple[str, int, str], torch.Tensor]] = [{}, {}]
+    for model, grads in zip(models, found, strict=True):
+
+        def keep(side: str, layer: int, its: dict[str, torch.Tensor], grads: Any = grads) -> None:
+            grads.update({(side, layer, name): grad.clone() for name, grad in its.items()})
+
+        train_step(model, [make_batch(20, 1), make_batch(10, 2)], keep)
+    assert all(torch.equal(grad, found[1][key]) for key, grad in found[0].items())
+    assert all(grad.dtype == torch.float32 for grad in found[0].values())
+    with torch.no_grad():
+        assert torch.equal(models[0](x), models[1](x))

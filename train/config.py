@@ -15,7 +15,7 @@ TIES = ("none", "source", "target")
 SCHEDULES = ("linear", "constant", "cosine")
 IO = ("mmap", "pread")
 ORDERS = ("shuffled", "sequential")
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "bfloat16", "float64")
 KINDS = ("text", "image", "bos", "template")
 EXCLUDABLE = (*KINDS, "sink")
 
@@ -135,7 +135,8 @@ class TrainConfig:
     exclude: tuple[str, ...] = ()
     """Kinds that do not count, and `sink`."""
     dtype: str = "float32"
-    """Of weights and arithmetic."""
+    """Of weights and arithmetic. bfloat16: encoder and decoder matrices are kept in it, rounded
+    stochastically when they are updated; biases, skips, the optimiser's state and arithmetic stay in float32."""
     device: str | None = None
     """None: cuda where there is one, else cpu."""
     io: str = "mmap"

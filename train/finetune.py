@@ -31,7 +31,8 @@ def start_from(model: CrossLayerTranscoder, run: Path) -> list[str]:
             other_statistics |= name.endswith(("_mean", "_scale")) and not torch.equal(value, mine[name])
             mine[name].copy_(value)
     for source, target in _pairs(old.shape):
-        model.decoder(places[source], places[target]).copy_(old.decoder(source, target))
+        layer, slot = model.shape.decoder_place(places[source], places[target])
+        model.W_dec[layer][slot].copy_(old.decoder(source, target))
     return _notes(old.shape, model.shape, run, other_statistics)
 
 

@@ -103,10 +103,11 @@ class _Room:
     def __init__(self, model: CrossLayerTranscoder) -> None:
         self.largest = max(weight.numel() for weight in (*model.W_dec, *model.W_enc))
         self.free: list[Tensor] = []
+        self.dtype = model.inputs.mean.dtype
 
     def take(self, weight: Tensor) -> Tensor:
         """Room for the gradient of a weight; what is in it has no meaning."""
-        flat = self.free.pop() if self.free else weight.new_empty(self.largest)
+        flat = self.free.pop() if self.free else weight.new_empty(self.largest, dtype=self.dtype)
         return flat[: weight.numel()].view_as(weight)
 
     def give_back(self, grad: Tensor) -> None:
@@ -139,7 +140,7 @@ class _DecoderGrads:
     ) -> None:
         """Those of W_dec, and of each source's codes."""
         for term in terms:
-            place, weight = (term.layer, term.slot), self.model.W_dec[term.layer][term.slot]
+            place, weight = (term.layer, term.slot), self.model.term_weight(term)
             whole, add = self.held[term.layer]["W_dec"][term.slot], place in self.written
             if len(term.sources) == 1:
                 source = term.sources[0]
@@ -213,7 +214,7 @@ class _AuxK:
         terms = self.model.terms(part.dead_codes, target)
         left = error.clone()
         for term in terms:
-            left = term.merged.codes.decode(self.model.W_dec[term.layer][term.slot], left)
+            left = term.merged.codes.decode(self.model.term_weight(term), left)
         self.values["auxk"] += left.square().sum() * weight
         grad = left.mul_(2 * weight)
         decoders.add_terms(grad, terms, part.dead_codes, part.dead_code_grads)

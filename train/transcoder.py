@@ -74,23 +74,34 @@ class CrossLayerTranscoder(nn.Module):
     `shape.sources(t)`; tied, W_dec[layer] (latent, d_model): `decoder` finds the one of a pair. Decoders and
     skips start at zero, encoders uniform in +-1/sqrt(d_model), thresholds at 0.1.
     `threshold` (layer,) is batchtopk's running one.
+
+    W_enc and W_dec are of `dtype`, by default that of the standardisers, in which all arithmetic is done: in
+    bfloat16 they halve in size, and each is made float32 for as long as it is used.
     """
 
     threshold: Tensor
 
-    def __init__(self, shape: Shape, inputs: Standardiser, outputs: Standardiser, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        inputs: Standardiser,
+        outputs: Standardiser,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.shape, self.inputs, self.outputs = shape, inputs, outputs
         random = torch.Generator().manual_seed(seed)
         bound = shape.d_model**-0.5
 
-        def parameters(*sizes: tuple[int, ...]) -> nn.ParameterList:
-            return nn.ParameterList(nn.Parameter(torch.zeros(s, dtype=inputs.mean.dtype)) for s in sizes)
+        def parameters(*sizes: tuple[int, ...], dtype: torch.dtype | None = None) -> nn.ParameterList:
+            own = dtype or inputs.mean.dtype
+            return nn.ParameterList(nn.Parameter(torch.zeros(size, dtype=own)) for size in sizes)
 
         layers, latents, width = range(shape.n_layers), shape.n_latents, shape.d_model
-        self.W_enc = parameters(*[(latents, width) for _ in layers])
+        self.W_enc = parameters(*[(latents, width) for _ in layers], dtype=dtype)
         self.b_enc = parameters(*[(latents,) for _ in layers])
-        self.W_dec = parameters(*[shape.decoder_size(layer) for layer in layers])
+        self.W_dec = parameters(*[shape.decoder_size(layer) for layer in layers], dtype=dtype)
         self.b_dec = parameters(*[(width,) for _ in layers])
         self.W_skip = parameters(*[(width, width) for _ in layers if shape.skip])
         jumps = shape.activation == "jumprelu"
@@ -100,7 +111,12 @@ class CrossLayerTranscoder(nn.Module):
         if shape.activation == "batchtopk":
             self.register_buffer("threshold", torch.zeros(shape.n_layers, dtype=inputs.mean.dtype))
         for weight in self.W_enc:
-            nn.init.uniform_(weight, -bound, bound, generator=random)
+            start = torch.empty(weight.shape, dtype=inputs.mean.dtype)
+            weight.data.copy_(start.uniform_(-bound, bound, generator=random))
+
+    def arithmetic(self, weight: Tensor) -> Tensor:
+        """The weight as products take it: itself, or, where it is kept in bfloat16, a float32 copy."""
+        return weight.to(self.inputs.mean.dtype)
 
     def encode_layer(self, standard: Tensor, source: int) -> Codes:
         """Codes of one source from its standardised inputs (token, d_model)."""
@@ -108,7 +124,7 @@ class CrossLayerTranscoder(nn.Module):
 
     def pre_activations(self, standard: Tensor, source: int) -> Tensor:
         """(token, latent) from standardised inputs (token, d_model)."""
-        pre: Tensor = torch.addmm(self.b_enc[source], standard, self.W_enc[source].T)
+        pre: Tensor = torch.addmm(self.b_enc[source], standard, self.arithmetic(self.W_enc[source]).T)
         return pre
 
     def activation(self, source: int, k: int | None = None) -> Activation:
@@ -139,10 +155,9 @@ class CrossLayerTranscoder(nn.Module):
         return ("W_dec", "b_dec", "W_skip") if self.shape.skip else ("W_dec", "b_dec")
 
     def decoder(self, source: int, target: int) -> Tensor:
-        """(latent, d_model): what the source's latents write to the target; shares memory with `W_dec`."""
+        """(latent, d_model): what the source's latents write to the target, as arithmetic takes it."""
         layer, slot = self.shape.decoder_place(source, target)
-        weight: Tensor = self.W_dec[layer][slot]
-        return weight
+        return self.arithmetic(self.W_dec[layer][slot])
 
     def terms(self, codes: dict[int, Codes], target: int) -> list[Term]:
         """What is summed for a target; sources that share its decoder are decoded as one."""
@@ -157,8 +172,12 @@ class CrossLayerTranscoder(nn.Module):
         """Standardised output (token, d_model) of a target, without its skip."""
         out: Tensor = self.b_dec[target].repeat(terms[0].merged.codes.n_tokens, 1)
         for term in terms:
-            term.merged.codes.decode(self.W_dec[term.layer][term.slot], out)
+            term.merged.codes.decode(self.term_weight(term), out)
         return out
+
+    def term_weight(self, term: Term) -> Tensor:
+        """(latent, d_model): the decoder of a term, as arithmetic takes it."""
+        return self.arithmetic(self.W_dec[term.layer][term.slot])
 
     def encode(self, x: Tensor) -> Tensor:
         """x: (token, layer, d_model) in model units -> activations (token, layer, latent), mostly zero."""
@@ -200,19 +219,21 @@ def new_transcoder(
 ) -> CrossLayerTranscoder:
     """A fresh transcoder for the source's layers, standardised by the source's statistics."""
     shape = Shape.of(config, source.layers, source.manifest.d_model)
-    inputs, outputs = (_standardiser(source.statistics(site), dtype, site) for site in SITES)
-    return CrossLayerTranscoder(shape, inputs, outputs, seed)
+    work = torch.promote_types(dtype, torch.float32)
+    inputs, outputs = (_standardiser(source.statistics(site), work, site) for site in SITES)
+    return CrossLayerTranscoder(shape, inputs, outputs, seed, dtype)
 
 
 def empty_transcoder(shape: Shape, dtype: torch.dtype) -> CrossLayerTranscoder:
     """A transcoder whose numbers are still to be loaded."""
+    work = torch.promote_types(dtype, torch.float32)
     inputs, outputs = (
         Standardiser(
-            torch.zeros(shape.n_layers, shape.d_model, dtype=dtype), torch.ones(shape.n_layers, dtype=dtype)
+            torch.zeros(shape.n_layers, shape.d_model, dtype=work), torch.ones(shape.n_layers, dtype=work)
         )
         for _ in SITES
     )
-    return CrossLayerTranscoder(shape, inputs, outputs)
+    return CrossLayerTranscoder(shape, inputs, outputs, dtype=dtype)
 
 
 def _standardiser(statistics: Statistics, dtype: torch.dtype, site: str) -> Standardiser:
