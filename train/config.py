@@ -136,7 +136,7 @@ class TrainConfig:
     """Kinds that do not count, and `sink`."""
     dtype: str = "float32"
     """Of weights and arithmetic. bfloat16: encoder and decoder matrices are kept in it, rounded
-    stochastically when they are updated; biases, skips, the optimiser's state and arithmetic stay in float32."""
+    stochastically when updated; biases, skips, the optimiser's state and arithmetic stay in float32."""
     device: str | None = None
     """None: cuda where there is one, else cpu."""
     io: str = "mmap"
