@@ -20,6 +20,7 @@ import torch
 from clt.train import checkpoint, loop
 from clt.train.optimizer import Optimizer
 from clt.train.reader import Reader
+from clt.train.run_folder import load_config
 
 
 class Moments:
@@ -77,7 +78,7 @@ def in_child(work: Callable[[], None]) -> int:
 
 
 def main(whole: Path, first: int, step: int, last: int) -> None:
-    config = loop.load_config(whole)
+    config = load_config(whole)
     for at in range(first, last, step):
         cut = replace(config, run=whole.with_name(f"{whole.name}-{at}"))
 

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_a_failed_fill_leaves_no_task_behind(whole: Path, monkeypatch: pytest.Mo
 
 def test_leaving_does_not_wait_for_what_is_queued(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a buffer half decoded, at most the tasks that run are waited for; the rest never starts."""
-    source, started = Source([whole], "train"), []
+    source, started, all_queued = Source([whole], "train"), [], threading.Event()
     first = Source.fill
 
     def fill(self: Source, rows: Rows, chunks: np.ndarray, pool: ThreadPoolExecutor) -> None:
@@ -133,7 +134,9 @@ def test_leaving_does_not_wait_for_what_is_queued(whole: Path, monkeypatch: pyte
             started.append(number)
             time.sleep(0.1)
 
-        for waiting in [pool.submit(task, number) for number in range(1000)]:
+        queued = [pool.submit(task, number) for number in range(1000)]
+        all_queued.set()
+        for waiting in queued:
             waiting.result()
 
     with Reader(source, buffer_tokens=256, seed=0, threads=2) as reader:
@@ -141,9 +144,9 @@ def test_leaving_does_not_wait_for_what_is_queued(whole: Path, monkeypatch: pyte
         monkeypatch.setattr(Source, "fill", fill)
         reader.next(300)
         ahead = reader._ahead
-        while not started:
-            time.sleep(0.01)
-    assert len(started) < 20
+        assert all_queued.wait(10)
+        before = len(started)
+    assert len(started) < before + 20
     assert ahead is not None
     with pytest.raises(CancelledError):
         ahead.result(timeout=0)

@@ -88,7 +88,9 @@ class Penalties:
             return
         dead = self._dead[source]
         theta = self.model.theta(source)[dead]
-        pre = torch.addmm(self.model.b_enc[source][dead], inputs, self.model.arithmetic(self.model.W_enc[source][dead]).T)
+        pre = torch.addmm(
+            self.model.b_enc[source][dead], inputs, self.model.arithmetic(self.model.W_enc[source][dead]).T
+        )
         push = (pre < theta) * (-self.weights["dead_latents"] * self._norms[source][dead])
         grads["W_enc"].index_add_(0, dead, push.T @ inputs)
         grads["b_enc"].index_add_(0, dead, push.sum(dim=0))
