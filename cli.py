@@ -116,13 +116,31 @@ def harvest_command(
 
 
 @app.command()
-def info(cache: Annotated[Path, typer.Argument(help="folder of a cache")], as_json: AsJson = False) -> None:
+def info(
+    cache: Annotated[Path, typer.Argument(help="folder of a cache")],
+    token: Annotated[
+        int | None, typer.Option(help="where this token comes from, counted in the order on disk")
+    ] = None,
+    split: Annotated[str, typer.Option(help="with --token: train or val")] = "train",
+    dataset: Annotated[
+        str | None, typer.Option(help="with --token: where the dataset lies now [default: where it lay]")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """What a cache holds: tokens by split and kind, bytes, bits a value, noise by layer."""
     from .cache_format import open_cache
     from .cache_format.summary import render_summary, summarise_cache
     from .progress import Progress
 
     opened = open_cache(cache, check=False)
+    if token is not None:
+        from .cache_format.provenance import trace_token
+        from .harvest.provenance import read_source, render_token
+
+        trace = trace_token(opened, split, token)
+        found = read_source(trace, opened.manifest.source, dataset)
+        _answer(as_json, {**trace, "source": found._asdict()}, render_token(trace, found))
+        return
     with Progress("look at files", total=opened.n_files, unit="files", leave=False) as progress:
         opened.check_files(progress.add)
     summary = summarise_cache(opened)

@@ -65,17 +65,17 @@ def load_picture(reference: Any, source: PictureSource) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large pictures and broken EXIF; the limit here is ours
             with Image.open(io.BytesIO(data)) as file:
-                _check_size(name, file.size)
+                _check_size(file.size)
                 frames = int(getattr(file, "n_frames", 1))
                 upright = _upright_rgb(file)
     except (Image.DecompressionBombError, MemoryError) as fault:
         raise BadSample(f"image {name!r} is too large: {fault}") from fault
-    except BadSample:
-        raise
+    except BadSample as fault:
+        raise BadSample(f"image {name!r} {fault}") from fault
     except UnidentifiedImageError as fault:
         raise BadSample(f"image {name!r} cannot be read: {_kind_of(data)}") from fault
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError) as fault:
-        raise BadSample(f"image {name!r} cannot be read: {fault}") from fault
+    except Exception as fault:  # Pillow's readers raise nearly anything on damaged bytes: it is the reason
+        raise BadSample(f"image {name!r} cannot be read: {type(fault).__name__}: {fault}") from fault
     return Picture(name, hashlib.sha256(data).hexdigest(), upright.size, frames, _enlarged(upright))
 
 
@@ -148,14 +148,12 @@ def _fetch(reference: str, source: PictureSource) -> bytes:
     return data
 
 
-def _check_size(name: str, size: tuple[int, int]) -> None:
+def _check_size(size: tuple[int, int]) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
-        raise BadSample(f"image {name!r} is too large: {width} x {height}, at most {MAX_PIXELS} pixels")
+        raise BadSample(f"is too large: {width} x {height}, at most {MAX_PIXELS} pixels")
     if max(size) > MAX_ASPECT * min(size):
-        raise BadSample(
-            f"image {name!r} is too thin: {width} x {height}, at most {MAX_ASPECT} times longer than wide"
-        )
+        raise BadSample(f"is too thin: {width} x {height}, at most {MAX_ASPECT} times longer than wide")
 
 
 def _upright_rgb(file: "Image.Image") -> "Image.Image":
@@ -164,11 +162,11 @@ def _upright_rgb(file: "Image.Image") -> "Image.Image":
 
     upright = ImageOps.exif_transpose(file)
     if upright.mode == "F":
-        raise BadSample("image holds floats, whose black and white are not known")
+        raise BadSample("holds floats, whose black and white are not known")
     if upright.mode.startswith("I"):
         grey = np.asarray(upright).astype(np.int64)
         if grey.min() < 0 or grey.max() > 0xFFFF:
-            raise BadSample(f"image holds greys from {grey.min()} to {grey.max()}, expected 0 to 65535")
+            raise BadSample(f"holds greys from {grey.min()} to {grey.max()}, expected 0 to 65535")
         upright = Image.fromarray((grey >> 8).astype(np.uint8))
     return upright.convert("RGB")
 

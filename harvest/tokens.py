@@ -11,6 +11,7 @@ from torch import Tensor
 from ..cache_format.layout import KINDS
 from ..cache_format.permutation import random_words
 from .config import HarvestConfig
+from .crop import seen_box
 from .model import LoadedModel
 from .rows import BadSample
 from .samples import Sample
@@ -51,12 +52,12 @@ def prepare(sample: Sample, number: int, model: LoadedModel, config: HarvestConf
     if model.image_token in ids and not sample.pictures:
         raise BadSample("the text holds the model's image token, but no image is given")
     kind = _kinds(ids, in_content, model)
-    row, col = _patches(ids, model, len(sample.pictures))
+    row, col, picture = _patches(ids, model, len(sample.pictures))
     length = min(len(ids), config.ctx_len)
     if (kind[length:] == IMAGE).any():
         end = int(np.flatnonzero(kind == IMAGE)[-1]) + 1
         raise BadSample(f"an image ends at token {end}, beyond ctx-len {config.ctx_len}")
-    keep = _chosen(kind[:length], number, config)
+    keep = _chosen(kind[:length], picture[:length], number, config)
     full = {
         "sample": np.full(length, number),
         "position": np.arange(length),
@@ -68,7 +69,7 @@ def prepare(sample: Sample, number: int, model: LoadedModel, config: HarvestConf
     line = {
         "sample": number,
         "id": sample.id,
-        "images": [{"file": p.reference, "sha256": p.sha256, "size": list(p.size)} for p in sample.pictures],
+        "images": _describe_pictures(sample, model, row, col, picture),
         "length": length,
         "cut": len(ids) - length,
         "stored": int(keep.sum()),
@@ -164,11 +165,11 @@ def _kinds(
 
 def _patches(
     ids: npt.NDArray[np.int64], model: LoadedModel, n_pictures: int
-) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
-    """Row and column of each image token on its picture's square grid, -1 elsewhere."""
-    row, col = np.full((2, len(ids)), -1, np.int16)
+) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16], npt.NDArray[np.int16]]:
+    """Row and column of each image token on its picture's square grid, and which picture; -1 elsewhere."""
+    row, col, picture = np.full((3, len(ids)), -1, np.int16)
     if model.image_token is None or n_pictures == 0:
-        return row, col
+        return row, col, picture
     places = np.flatnonzero(ids == model.image_token)
     each = len(places) // n_pictures
     side = round(each**0.5)
@@ -176,15 +177,41 @@ def _patches(
         raise BadSample(f"{len(places)} image tokens for {n_pictures} images form no square grids")
     patch = np.arange(len(places)) % each
     row[places], col[places] = patch // side, patch % side
-    return row, col
+    picture[places] = np.arange(len(places)) // each
+    return row, col, picture
 
 
-def _chosen(kind: npt.NDArray[np.uint8], number: int, config: HarvestConfig) -> npt.NDArray[np.bool_]:
-    """(token,) whether it is stored: not of an excluded kind, and within the image's sampled fraction."""
+def _describe_pictures(
+    sample: Sample,
+    model: LoadedModel,
+    row: npt.NDArray[np.int16],
+    col: npt.NDArray[np.int16],
+    picture: npt.NDArray[np.int16],
+) -> list[dict[str, Any]]:
+    """For samples.jsonl: each file, the positions of its tokens, its grid, the box that the grid covers."""
+    lines = []
+    for number, given in enumerate(sample.pictures):
+        places = np.flatnonzero(picture == number)
+        box = seen_box(getattr(model.processor, "image_processor", None), given.size)
+        line: dict[str, Any] = {"file": given.reference, "sha256": given.sha256, "size": list(given.size)}
+        if given.frames > 1:
+            line["frames"] = given.frames
+        line["positions"] = [int(places[0]), int(places[-1]) + 1]
+        line["grid"] = [int(row[places].max()) + 1, int(col[places].max()) + 1]
+        line["crop"] = None if box is None else [round(edge, 3) for edge in box]
+        lines.append(line)
+    return lines
+
+
+def _chosen(
+    kind: npt.NDArray[np.uint8], picture: npt.NDArray[np.int16], number: int, config: HarvestConfig
+) -> npt.NDArray[np.bool_]:
+    """(token,) whether it is stored: not of an excluded kind, and within its image's sampled fraction."""
     keep = ~np.isin(kind, [KINDS.index(name) for name in config.exclude])
-    image = np.flatnonzero(kind == IMAGE)
-    if config.keep_image_tokens < 1 and len(image):
-        wanted = round(config.keep_image_tokens * len(image))
-        drawn = np.argsort(random_words(len(image), config.shuffle_seed, number), kind="stable")
-        keep[image[drawn[wanted:]]] = False
+    if config.keep_image_tokens < 1:
+        for nth in range(int(picture.max(initial=-1)) + 1):
+            tokens = np.flatnonzero(picture == nth)
+            wanted = round(config.keep_image_tokens * len(tokens))
+            words = random_words(len(tokens), config.shuffle_seed, number, nth)
+            keep[tokens[np.argsort(words, kind="stable")[wanted:]]] = False
     return keep

@@ -270,6 +270,7 @@ def default_threads() -> int:
 def _require_same_identity(caches: list[Cache]) -> None:
     """Caches read as one may differ in their data and in nothing else."""
     data = {"dataset", "dataset_split", "dataset_fingerprint", "tokens", "max_samples", "image_root", "seed"}
+    data |= {"text_column", "allow_outside", "fetch_urls"}
     first = caches[0]
     for other in caches[1:]:
         lines = first.manifest.differences(other.manifest)

@@ -1,0 +1,78 @@
+"""Where a token comes from, as far as the cache itself knows: no dataset, no tokenizer."""
+
+from typing import Any
+
+import numpy as np
+
+from . import layout
+from .errors import CacheError
+from .reader import Cache
+from .stored import read_array
+
+
+def trace_token(cache: Cache, split: str, number: int) -> dict[str, Any]:
+    """Token `number` of a split, in the order on disk: its columns, its sample, and its patch.
+
+    Keys: split, token, window, sample, id, dataset_row, position, token_id, kind, sink, length, cut, and
+    image (None for text): file, sha256, size, row, col, rectangle. rectangle: [left, top, right, bottom] in
+    pixels of the upright original, None where the cache does not say which part of it the patch saw.
+    """
+    chosen = cache[split]
+    if not 0 <= number < len(chosen):
+        raise CacheError(f"--token: split {split} has tokens 0 to {len(chosen) - 1}, found {number}")
+    ends = np.cumsum([entry.tokens for entry in chosen.entries])
+    nth = int(np.searchsorted(ends, number, side="right"))
+    entry = chosen.entries[nth]
+    place = number - int(ends[nth] - entry.tokens)
+    columns = {
+        name: int(
+            read_array(
+                cache.path,
+                layout.window_file(layout.token_array(split, name), entry.window, 1),
+                (cache.manifest.window,),
+                dtype,
+            )[place]
+        )
+        for name, dtype in layout.TOKEN_COLUMNS.items()
+    }
+    line = cache.samples().get(columns["sample"], {})
+    return {
+        "split": split,
+        "token": number,
+        "window": entry.window,
+        "sample": columns["sample"],
+        "id": line.get("id"),
+        "dataset_row": line.get("row"),
+        "position": columns["position"],
+        "token_id": columns["token_id"],
+        "kind": layout.KINDS[columns["kind"]],
+        "sink": bool(columns["sink"]),
+        "length": line.get("length"),
+        "cut": line.get("cut"),
+        "image": _image(line, columns),
+    }
+
+
+def _image(line: dict[str, Any], columns: dict[str, int]) -> dict[str, Any] | None:
+    """The picture whose tokens span the position, and the patch's part of it."""
+    for image in line.get("images", []):
+        first, last = image.get("positions", (0, 0))
+        if first <= columns["position"] < last and columns["row"] >= 0:
+            patch = {"row": columns["row"], "col": columns["col"]}
+            described = {name: image.get(name) for name in ("file", "sha256", "size")}
+            return {**described, **patch, "rectangle": patch_rectangle(image, **patch)}
+    return None
+
+
+def patch_rectangle(image: dict[str, Any], row: int, col: int) -> list[float] | None:
+    """[left, top, right, bottom] of one patch: the crop box, cut into the grid, within the picture."""
+    if image.get("crop") is None or image.get("grid") is None:
+        return None
+    left, top, right, bottom = image["crop"]
+    rows, cols = image["grid"]
+    width, height = image["size"]
+    across, down = (right - left) / cols, (bottom - top) / rows
+    edges = (left + col * across, top + row * down, left + (col + 1) * across, top + (row + 1) * down)
+    return [
+        round(min(max(edge, 0.0), most), 2) for edge, most in zip(edges, (width, height) * 2, strict=True)
+    ]
