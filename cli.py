@@ -239,6 +239,9 @@ def train_command(
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 1000,
     keep: Annotated[int, typer.Option(help="checkpoints that stay")] = 1,
     log_every: Annotated[int, typer.Option(help="steps between lines of metrics.jsonl")] = 1,
+    log_to_wandb: Annotated[
+        bool, typer.Option("--log-to-wandb", help="the same lines to Weights & Biases; needs the extra wandb")
+    ] = False,
     finetune: Annotated[Path | None, typer.Option(help="start from this run's weights")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's latest checkpoint")] = False,
     as_json: AsJson = False,

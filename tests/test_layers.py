@@ -8,9 +8,9 @@ import pytest
 RULES = [
     ("clt.cache_format", ["torch", "transformers", "datasets", "clt.harvest", "clt.train"]),
     ("clt.harvest.run", ["clt.train"]),
-    ("clt.train.loop", ["transformers", "datasets", "PIL", "clt.harvest"]),
-    ("clt.train.evaluate", ["transformers", "datasets", "PIL", "clt.harvest"]),
-    ("clt.train.checkpoint", ["transformers", "datasets", "PIL", "clt.harvest"]),
+    ("clt.train.loop", ["wandb", "transformers", "datasets", "PIL", "clt.harvest"]),
+    ("clt.train.evaluate", ["wandb", "transformers", "datasets", "PIL", "clt.harvest"]),
+    ("clt.train.checkpoint", ["wandb", "transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.export.run", ["transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.cli", ["torch", "numpy", "zarr", "numcodecs", "transformers", "datasets"]),
 ]

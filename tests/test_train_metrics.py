@@ -9,7 +9,8 @@ import pytest
 from planted import LAYERS, write_planted
 from test_train_loop import configure, lines
 
-from clt.train.curves import Curves
+from clt.train.config import TrainConfig
+from clt.train.curves import Curve, Curves
 from clt.train.loop import train
 from clt.train.metrics import MetricsFile
 
@@ -35,6 +36,65 @@ def test_the_metrics_file_has_exactly_these_names(cache: Path, tmp_path: Path) -
     assert report.steps == 3
     assert found[-1]["fvu"] == pytest.approx(report.fvu)
     assert 0 <= found[-1]["stall"] <= 1
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "metrics.md"
+
+
+def documented() -> dict[str, list[str]]:
+    """By name: unit, averaging and tokens, as docs/metrics.md has them."""
+    rows = [
+        line.strip("|").split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")
+    ]
+    return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows}
+
+
+def generic(name: str) -> str:
+    """fvu/17 as fvu/<layer>."""
+    family, _, member = name.partition("/")
+    return f"{family}/<{'layer' if member.isdigit() else 'kind'}>" if member else family
+
+
+@pytest.fixture(scope="module")
+def run_with_all(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """Two epochs of a run that gives every loss a weight, jumprelu for the sparsity loss aside."""
+    config = configure(
+        cache,
+        tmp_path_factory.mktemp("all") / "run",
+        epochs=2,
+        auxk_alpha=0.1,
+        dead_latent_penalty=0.1,
+    )
+    train(config)
+    return config
+
+
+def test_the_document_and_the_code_name_the_same_metrics(
+    cache: Path, run_with_all: TrainConfig, tmp_path: Path
+) -> None:
+    """All names of a top-k run with both losses for dead latents, and of a jumprelu run."""
+    sparse = configure(
+        cache, tmp_path / "r", steps=1, structure={"k": None, "activation": "jumprelu"}, sparsity_coeff=0.1
+    )
+    train(sparse)
+    names = {generic(name) for run in (run_with_all, sparse) for line in lines(run.run) for name in line}
+    assert names == documented().keys()
+    assert all(len(cells) == 4 and all(cells) for cells in documented().values())
+
+
+def test_the_page_draws_what_the_document_names(
+    run_with_all: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every metric but the two that count, and none by another name."""
+    asked, get = set(), Curves.__getitem__
+
+    def noting(curves: Curves, name: str) -> Curve:
+        asked.add(generic(name))
+        return get(curves, name)
+
+    monkeypatch.setattr(Curves, "__getitem__", noting)
+    train(run_with_all, resume=True)
+    assert asked == documented().keys() - {"step", "tokens", "sparsity"}
 
 
 def test_a_line_is_the_average_of_the_steps_since_the_last_one(cache: Path, tmp_path: Path) -> None:

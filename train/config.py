@@ -155,6 +155,8 @@ class TrainConfig:
     """Checkpoints that stay."""
     log_every: int = 1
     """Optimiser steps between lines of metrics.jsonl."""
+    log_to_wandb: bool = False
+    """The same lines to Weights & Biases."""
 
     def __post_init__(self) -> None:
         _one_of("loss-fn", self.loss_fn, LOSS_FNS)

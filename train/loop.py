@@ -36,6 +36,7 @@ from .run_report import Place, report_run
 from .source import NoTokensError, Selection, Source
 from .step import train_step
 from .transcoder import CrossLayerTranscoder, new_transcoder
+from .wandb_run import require_wandb
 
 SINK_WARNING = 0.5
 """Warn when sinks hold more than this share of a layer's variance."""
@@ -120,6 +121,8 @@ class _Run:
 
 def train(config: TrainConfig, resume: bool = False) -> TrainReport:
     """Fit a transcoder; with `resume`, go on from the run's latest checkpoint."""
+    if config.log_to_wandb:
+        require_wandb()
     source = open_source(config, "train")
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype)

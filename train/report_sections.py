@@ -13,6 +13,8 @@ from .tables import bar_table, fact_table
 
 SMALL_POINTS = 120
 """Points of a small chart."""
+OTHER_LOSSES = ("sparsity", "auxk", "dead_latents")
+"""Beside FVU; a run has those that it gave a weight."""
 LEAST_POWER = -7
 """Activation frequencies below 10 to this power share one bin."""
 
@@ -56,6 +58,8 @@ def fvu_curves(report: RunReport) -> tuple[str, dict[str, Any]]:
             {name: name.removeprefix("fvu_kind/") for name in kinds},
         ),
     }
+    if others := {name: name for name in OTHER_LOSSES if name in curves.names}:
+        charts["loss-other"] = _chart(report, "loss-other", "Other losses", "weights included", others)
     small = small_charts(
         "fvu-layer",
         "FVU by layer",

@@ -8,6 +8,7 @@ from .reader import Batch
 from .source import Source
 from .step import StepResult
 from .transcoder import CrossLayerTranscoder
+from .wandb_run import WandbRun
 
 
 class RunLog:
@@ -21,6 +22,7 @@ class RunLog:
         self, config: TrainConfig, source: Source, model: CrossLayerTranscoder, last_step: int
     ) -> None:
         self._config, self._layers = config, source.layers
+        self._wandb = WandbRun(config) if config.log_to_wandb else None
         self._averages = StepAverages(source.layers, KindVariance(source, model))
         self._file = MetricsFile(config.run / "metrics.jsonl", last_step)
         self.curves = self._file.curves
@@ -48,6 +50,8 @@ class RunLog:
         if k is not None:
             line["k"] = k
         self._file.write(line)
+        if self._wandb is not None:
+            self._wandb.write(line)
 
     def __enter__(self) -> "RunLog":
         return self
@@ -56,3 +60,5 @@ class RunLog:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        if self._wandb is not None:
+            self._wandb.close(failed=kind is not None)
