@@ -35,8 +35,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def records(path: Path) -> Iterator[Any]:
     """Of a .wandb file: LevelDB's log format (checksum, length, type) around protocol buffers."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # as the end of a process does: waits for W&B's own process, which writes the file
     data, place, parts = path.read_bytes(), FILE_HEADER, b""
     assert data[:4] == b":W&B"
     while place + HEADER <= len(data):
