@@ -280,22 +280,41 @@ def eval_command(
     ] = None,
     split: Annotated[str, typer.Option(help="val or train")] = "val",
     threads: Annotated[int | None, typer.Option(help="decoding threads [default: one a core]")] = None,
+    model: Annotated[str | None, typer.Option(help="replace this model's MLPs, too")] = None,
+    dataset: Annotated[str | None, typer.Option(help="its held-out samples go through the model")] = None,
+    samples: Annotated[int, typer.Option(help="held-out samples at most")] = 64,
+    generate: Annotated[int, typer.Option(help="samples whose answers are generated, too")] = 0,
+    ablate: Annotated[list[str] | None, typer.Option(help="layer:latent to hold at 0; repeat it")] = None,
+    steer: Annotated[list[str] | None, typer.Option(help="layer:latent=value to hold; repeat it")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="where image paths start")] = None,
+    mlp: Annotated[str | None, typer.Option(help="MLPs of the model [default: found]")] = None,
+    dtype: Annotated[str, typer.Option(help="of the model: auto, float32, bfloat16")] = "auto",
+    device: Annotated[str | None, typer.Option(help="[default: cuda where there is one]")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Held-out FVU, L0 and dead share by layer, by kind and by offset, from a cache alone."""
-    from .train.checkpoint import checkpoint_folder, load_transcoder
-    from .train.evaluate import evaluate
-    from .train.loop import open_source
-    from .train.report import render_evaluation
-    from .train.run_folder import load_config
+    """Held-out FVU, L0, dead share from a cache; with --model and --dataset, what replacing its MLPs costs.
 
-    folder = checkpoint_folder(run)
-    config = load_config(folder.parent)
-    source = open_source(config, split, tuple(cache) if cache else None)
-    model = load_transcoder(folder)
-    evaluation = evaluate(model, source, threads=threads)
-    layers = model.shape.layers
-    _answer(as_json, evaluation.to_json(layers), render_evaluation(evaluation, layers))
+    Everything is also written to eval.json in the run folder.
+    """
+    if (model is None) != (dataset is None):
+        raise ValueError("expected --model and --dataset together, found one of them")
+    if model is None and (ablate or steer or generate):
+        raise ValueError("--ablate, --steer and --generate need --model and --dataset")
+    from .train.checkpoint import checkpoint_folder
+    from .train.report import evaluate_cache
+
+    found, text = evaluate_cache(run, split, tuple(cache or ()), threads)
+    if model is not None:
+        from .analysis.with_model import evaluate_run
+
+        settings = {"model": model, "dataset": dataset, "image_root": image_root, "mlp": mlp}
+        settings |= {"dtype": dtype, "device": device}
+        found["model"], more = evaluate_run(
+            run, settings, samples, generate, tuple(ablate or ()), tuple(steer or ())
+        )
+        text += f"\n{more}"
+    (checkpoint_folder(run).parent / "eval.json").write_text(json.dumps(found, indent=1) + "\n")
+    _answer(as_json, found, text)
 
 
 @app.command("export")

@@ -60,7 +60,8 @@ def export_run(run: Path, out: Path, format_name: str, dtype: str = "float32") -
     partial.mkdir(parents=True)
     try:
         FORMATS[format_name].write(folded, origin, partial, DTYPES[dtype])
-        about = {"format": format_name, "dtype": dtype, "checkpoint": folded.folder.name, **origin._asdict()}
+        about_model = {"model": origin.model, "mlps": origin.mlps, "input_site": origin.input_site}
+        about = {"format": format_name, "dtype": dtype, "checkpoint": folded.folder.name, **about_model}
         (partial / "clt_export.json").write_text(json.dumps(about, indent=1) + "\n")
         os.replace(partial, out)
     except BaseException:

@@ -30,6 +30,8 @@ class LoadedModel:
     name: str
     body: nn.Module
     """The model without its LM head; called with the processor's output."""
+    whole: Any
+    """The same with it; a harvest does not run it."""
     config: Any
     tokenizer: Any
     processor: Any
@@ -87,6 +89,7 @@ def load_model(config: HarvestConfig) -> LoadedModel:
     return LoadedModel(
         name=config.model,
         body=model.base_model if model.base_model is not model else model.model,
+        whole=model,
         config=model_config,
         tokenizer=tokenizer,
         processor=processor,

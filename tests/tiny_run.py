@@ -28,5 +28,5 @@ def save_run(
     optimizer = Optimizer(model, "adam", 0, None)
     since = torch.zeros(shape.n_layers, shape.n_latents, dtype=torch.int64)
     save_checkpoint(run, model, optimizer, TrainerState(1, 1, {}, since, {}), keep=1)
-    save_origin(run, SOURCE)
+    save_origin(run, SOURCE, seed=0)
     return model

@@ -131,7 +131,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
         for note in start_from(model, config.finetune):
             _say(note)
     resume = begin_run(config, resume)
-    save_origin(config.run, source.manifest.source)
+    save_origin(config.run, source.manifest.source, source.manifest.seed)
     run = _Run(config, source, model)
     if resume:
         run.restore(checkpoint_folder(config.run))

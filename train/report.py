@@ -1,6 +1,24 @@
 """Results as text for a terminal."""
 
-from .evaluate import Evaluation
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import checkpoint_folder, load_transcoder
+from .evaluate import Evaluation, evaluate
+from .loop import open_source
+from .run_folder import load_config
+
+
+def evaluate_cache(
+    run: Path, split: str, caches: tuple[Path, ...], threads: int | None
+) -> tuple[dict[str, Any], str]:
+    """Held-out numbers of a run or checkpoint, as JSON and as text; no caches: the run's own."""
+    folder = checkpoint_folder(run)
+    source = open_source(load_config(folder.parent), split, caches or None)
+    model = load_transcoder(folder)
+    evaluation = evaluate(model, source, threads=threads)
+    layers = model.shape.layers
+    return evaluation.to_json(layers), render_evaluation(evaluation, layers)
 
 
 def render_evaluation(evaluation: Evaluation, layers: tuple[int, ...]) -> str:

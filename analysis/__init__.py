@@ -1,0 +1,1 @@
+"""What needs the model and a transcoder together."""
