@@ -7,8 +7,11 @@ import pytest
 
 RULES = [
     ("clt.cache_format", ["torch", "transformers", "datasets", "clt.harvest", "clt.train"]),
-    ("clt.harvest.run", ["clt.train"]),
-    ("clt.train.loop", ["wandb", "transformers", "datasets", "PIL", "clt.harvest"]),
+    ("clt.harvest.run", ["clt.train", "clt.analysis", "clt.export"]),
+    (
+        "clt.train.loop",
+        ["wandb", "transformers", "datasets", "PIL", "clt.harvest", "clt.analysis", "clt.export"],
+    ),
     ("clt.train.evaluate", ["wandb", "transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.train.checkpoint", ["wandb", "transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.export.run", ["transformers", "datasets", "PIL", "clt.harvest"]),
