@@ -335,6 +335,24 @@ def export_command(
     _answer(as_json, found, f"{out} is written for {format_name}; the model is {origin.model}")
 
 
+@app.command("import")
+def import_command(
+    folder: Annotated[Path, typer.Argument(help="what another package wrote")],
+    run: Annotated[Path, typer.Argument(help="run folder to write")],
+    format_name: Annotated[str, typer.Option("--format", help="circuit-tracer or clt-training")],
+    model: Annotated[str | None, typer.Option(help="hub id or folder of the model it is for")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a run of a transcoder in another package's format, for eval, export and --finetune."""
+    from .export.imported import import_run
+
+    shape = import_run(folder, run, format_name, model)
+    found = {"run": str(run), "layers": list(shape.layers), "latents": shape.n_latents}
+    _answer(
+        as_json, found, f"{run}: {shape.n_layers} layers of {shape.n_latents} latents, {shape.activation}"
+    )
+
+
 def _k(text: str | None) -> int | tuple[int, ...] | None:
     """`32`, or `16,16,32`: one a layer."""
     try:

@@ -185,6 +185,8 @@ def _held_out(run: _Run) -> Evaluation | str:
 def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None = None) -> Source:
     """The tokens of a split that the config chooses."""
     paths = caches or config.caches
+    if not paths:
+        raise ValueError(f"{config.run} was imported and has no cache of its own; name one with --cache")
     held = open_cache(paths[0], io=config.io, check=False).manifest.layers
     layers = parse_layers(config.layers, held)
     return Source(
