@@ -234,7 +234,9 @@ def train_command(
     device: Annotated[str | None, typer.Option(help="[default: cuda where there is one]")] = None,
     io: Annotated[str, typer.Option(help="mmap, or pread for network file systems")] = "mmap",
     threads: Annotated[int | None, typer.Option(help="decoding threads [default: one a core]")] = None,
-    buffer_tokens: Annotated[int, typer.Option(help="tokens decoded and shuffled together")] = 8192,
+    buffer_tokens: Annotated[
+        int, typer.Option(help="tokens decoded and shuffled together; two such buffers are held in memory")
+    ] = 8192,
     seed: Annotated[int, typer.Option(help="of reading order and weights")] = 0,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 1000,
     keep: Annotated[int, typer.Option(help="checkpoints that stay")] = 1,

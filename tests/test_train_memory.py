@@ -1,12 +1,13 @@
 """The memory formula against counts of real tensors, and the number that a plan rests on."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_transcoder import SHAPE, make_batch, make_model
 
-from clt.train.memory import llava_shape, step_memory, table
+from clt.train.memory import llava_shape, read_memory, read_table, step_memory, table
 from clt.train.optimizer import Optimizer
 from clt.train.step import train_step
 
@@ -18,6 +19,15 @@ def test_llava_fits_one_device_of_80_gb() -> None:
     assert memory.parameters + memory.optimizer == pytest.approx(57.4e9, rel=0.002)
     assert memory.device == pytest.approx(58.7e9, rel=0.002)
     assert "**58.7**" in table()
+
+
+def test_the_documented_tables_are_those_of_the_formulas() -> None:
+    """And two buffers of LLaVA in int8 are 2 * 8192 * (2 sites * 32 layers * (4096 + 128) + 64) bytes."""
+    text = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
+    assert table() in text
+    assert read_table() in text
+    memory = read_memory(32, 4096, "int8", buffer_tokens=8192, batch_tokens=4096, threads=16)
+    assert memory.buffers == 2 * 8192 * (2 * 32 * (4096 + 128) + 64)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adam8", "signum", "muon"])

@@ -1,5 +1,7 @@
 """The order of reading: every token once an epoch, whatever the sizes, threads, and interruptions."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import chain
@@ -11,9 +13,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numbered import numbers, write_cache
+from planted import write_planted
 
 from clt.cache_format import CacheError
-from clt.train.reader import Reader
+from clt.train.reader import Batch, Reader
 from clt.train.source import Selection, Source
 
 
@@ -74,12 +77,28 @@ def test_every_chosen_token_once_an_epoch(
         assert stream[: len(expected)] != stream[len(expected) : 2 * len(expected)]
 
 
-def test_order_does_not_depend_on_threads_or_io(caches: Callable[[int, int], Path]) -> None:
-    def stream(threads: int, io: str) -> list[int]:
-        with Reader(
-            Source([caches(777, 128)], "train", io=io), buffer_tokens=128, seed=1, threads=threads
-        ) as reader:
-            return [n for _ in range(9) for n in numbers(reader.next(100)).tolist()]
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By precision: three layers with values of every size."""
+    root = tmp_path_factory.mktemp("planted")
+    return {kind: write_planted(root / kind, 1300, precision=kind) for kind in ("int8", "bf16")}
+
+
+def digest(batch: Batch) -> str:
+    """Of every byte that is delivered: codes, scales, token numbers."""
+    found = hashlib.sha256(batch.token.tobytes())
+    for arrays in batch.rows:
+        for _, array in sorted(arrays.items()):
+            found.update(array.tobytes())
+    return found.hexdigest()
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_bytes_and_order_do_not_depend_on_threads_or_io(planted: dict[str, Path], precision: str) -> None:
+    def stream(threads: int, io: str) -> list[str]:
+        source = Source([planted[precision]], "train", io=io)
+        with Reader(source, buffer_tokens=128, seed=1, threads=threads) as reader:
+            return [digest(reader.next(100)) for _ in range(17)]
 
     assert stream(1, "mmap") == stream(16, "mmap") == stream(3, "pread") == stream(16, "pread")
 
@@ -141,19 +160,35 @@ def test_sequential_order_is_the_order_on_disk(caches: Callable[[int, int], Path
 
 
 @settings(max_examples=15, deadline=None)
-@given(before=st.integers(0, 1700), batch=st.integers(1, 300))
-def test_resuming_continues_the_stream(caches: Callable[[int, int], Path], before: int, batch: int) -> None:
-    """A state taken anywhere, mid-buffer, mid-epoch, gives the same bytes afterwards."""
-    source = Source([caches(777, 128)], "train")
+@given(before=st.integers(0, 2800), batch=st.integers(1, 300), precision=st.sampled_from(["int8", "bf16"]))
+def test_resuming_continues_the_stream(
+    planted: dict[str, Path], before: int, batch: int, precision: str
+) -> None:
+    """A state taken anywhere, mid-buffer, mid-epoch, and written as JSON gives the same bytes afterwards."""
+    source = Source([planted[precision]], "train")
     with Reader(source, buffer_tokens=128, seed=1) as reader:
         if before:
             reader.next(before)
-        state = reader.state()
-        expected = [numbers(reader.next(batch)).tolist() for _ in range(3)]
+        state = json.dumps(reader.state())
+        expected = [digest(reader.next(batch)) for _ in range(3)]
     with Reader(source, buffer_tokens=128, seed=1) as again:
         again.next(7)
-        again.restore(state)
-        assert [numbers(again.next(batch)).tolist() for _ in range(3)] == expected
+        again.restore(json.loads(state))
+        assert [digest(again.next(batch)) for _ in range(3)] == expected
+
+
+def test_a_state_has_one_size(caches: Callable[[int, int], Path]) -> None:
+    """Three numbers and what they belong to, however large the cache and wherever in it."""
+    sizes = set()
+    for n_tokens in (300, 777):
+        with Reader(Source([caches(n_tokens, 128)], "train"), buffer_tokens=64, seed=1) as reader:
+            for _ in range(5):
+                reader.next(130)
+                state = reader.state()
+                position = {state.pop(name) for name in ("epoch", "buffer", "offset")}
+                assert all(type(number) is int for number in position)
+                sizes.add(len(json.dumps(state)))
+    assert len(sizes) == 1
 
 
 def test_state_of_another_cache_seed_or_buffer_is_refused(

@@ -17,14 +17,14 @@ import json, os, re, resource, sys, threading
 from pathlib import Path
 import numpy, torch
 from clt.train.reader import Reader
-from clt.train.source import Source
+from clt.train.source import FETCHERS, Source
 
 def status(name):
     return int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 threads = 3
 threading.stack_size(1 << 18)  # a stack is address space that counts against the limit, used or not
-stacks = (2 * threads + 1) * (1 << 18)
+stacks = (2 * threads + 1 + FETCHERS) * (1 << 18)
 path, io, share = Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
 data, resident = status("VmData"), status("RssAnon")
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins here

@@ -144,7 +144,7 @@ class TrainConfig:
     threads: int | None = None
     """Decoding threads; None: one a core, at most 16."""
     buffer_tokens: int = 8192
-    """Tokens decoded and shuffled together."""
+    """Tokens decoded and shuffled together. Two such buffers are held; `memory.read_memory` says how much."""
     order: str = "shuffled"
     """Or sequential: tokens as they lie on disk, to see what shuffling is worth. No option of `clt`."""
     seed: int = 0

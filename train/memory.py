@@ -1,10 +1,11 @@
 """How much memory a run needs, by part: a formula of sizes. benchmarks/bench_step.py measures beside it.
 
-python -m clt.train.memory     # the table of docs/memory.md
+python -m clt.train.memory     # the tables of docs/memory.md
 """
 
 from typing import NamedTuple
 
+from ..cache_format.layout import CHUNK, SITES, n_blocks
 from .shape import Shape
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -12,6 +13,11 @@ ADAM8_BLOCK_STATE = 8 / 256
 """Bytes a value, beside its two codes: two float32 absmax for each 256 values."""
 CODE_INDEX_BYTES = 4 + 4 + 4
 """Of each code: its latent; and in the transpose its token and its place among the codes."""
+
+ORDER_BYTES = 64
+"""For each token of a buffer: its place and number, and what it takes to permute them."""
+THREAD_BYTES = 1 << 20
+"""For each decoding thread: the decoder's tables, and its stack as far as it is used."""
 
 
 class StepMemory(NamedTuple):
@@ -71,6 +77,33 @@ def step_memory(
     )
 
 
+class ReadMemory(NamedTuple):
+    """Bytes of host memory that reading holds at most, the token columns and journals of its caches aside.
+
+    Pages of mapped files are not counted: the system takes them back at need.
+    """
+
+    buffers: int
+    """Two: one is served while the other is decoded."""
+    batch: int
+    decoding: int
+    """In each thread the chunk that it reads, and room to decode it."""
+
+
+def read_memory(
+    n_layers: int, d_model: int, precision: str, *, buffer_tokens: int, batch_tokens: int, threads: int
+) -> ReadMemory:
+    """n_layers: that are read; buffer_tokens: rounded to whole chunks; batch_tokens: of one rank's share."""
+    vector = d_model + 2 * n_blocks(d_model) if precision == "int8" else 2 * d_model
+    token = len(SITES) * n_layers * vector
+    chunk = CHUNK * d_model * (1 if precision == "int8" else 2)
+    return ReadMemory(
+        2 * buffer_tokens * (token + ORDER_BYTES),
+        batch_tokens * (token + 8),
+        threads * (4 * chunk + THREAD_BYTES),
+    )
+
+
 def state_bytes(optimizer: str, work: int) -> float:
     """Optimiser state of one value; work: bytes of a moment. Vectors, which are few, count like matrices."""
     return {"adam": 2 * work, "adam8": 2 + ADAM8_BLOCK_STATE, "signum": work, "muon": work}[optimizer]
@@ -102,5 +135,18 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def read_table() -> str:
+    """What reading takes at LLaVA-1.5-7B's width with the default batch, in GB (1e9), as Markdown."""
+    lines = ["| precision | --buffer-tokens | " + " | ".join(ReadMemory._fields) + " | **in all** |"]
+    lines.append("|---|" + "---|" * (len(ReadMemory._fields) + 2))
+    for precision in ("int8", "bf16"):
+        for buffer in (4096, 8192, 16_384):
+            sizes = {"buffer_tokens": buffer, "batch_tokens": 4096, "threads": 16}
+            memory = read_memory(32, 4096, precision, **sizes)
+            parts = " | ".join(f"{part / 1e9:.2f}" for part in memory)
+            lines.append(f"| {precision} | {buffer} | {parts} | **{sum(memory) / 1e9:.2f}** |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), read_table(), sep="\n\n")

@@ -22,13 +22,10 @@ import torch
 from torch import Tensor
 
 from ..cache_format.layout import BLOCK, CHUNK
+from .memory import read_memory
 from .order import Ints, ReadOrder
 from .source import Rows, Source, default_threads
 
-_ORDER_BYTES = 64
-"""For each token of a buffer: its place and number, and what it takes to permute them."""
-_THREAD_BYTES = 1 << 20
-"""For each decoding thread: the decoder's tables, and its stack as far as it is used."""
 _SAME = {
     "fingerprint": "give it the same caches in the same order, not harvested further since",
     "split": "read the same split",
@@ -136,18 +133,18 @@ class Reader:
     def memory_bytes(self, batch_tokens: int) -> int:
         """At most, of this reader and its source, with batches of batch_tokens of which one is alive.
 
-        Two buffers and a batch of stored numbers (`Manifest.bytes_per_token` of the layers in use) and their
-        order, for each decoding thread the chunk that it reads and room to decode it, and the source's own
-        (`Source.memory_bytes`). Pages of mapped files are not counted: the system takes them back at need.
+        `memory.read_memory` and the source's own (`Source.memory_bytes`).
         """
-        room, manifest = self._room[0], self.source.manifest
-        slots = len(room.codes["mlp_in"][0])
-        token = sum(int(array.nbytes) for part in room for array in part.values()) // slots
-        chunk = CHUNK * manifest.d_model * (1 if manifest.precision == "int8" else 2)
-        buffers = 2 * slots * (token + _ORDER_BYTES)
-        batch = -(-batch_tokens // self.world_size) * (token + 8)
-        decoding = self.threads * (4 * chunk + _THREAD_BYTES)
-        return buffers + batch + decoding + self.source.memory_bytes()
+        held, manifest = self._room[0].codes["mlp_in"], self.source.manifest
+        parts = read_memory(
+            len(held),
+            manifest.d_model,
+            manifest.precision,
+            buffer_tokens=len(held[0]),
+            batch_tokens=-(-batch_tokens // self.world_size),
+            threads=self.threads,
+        )
+        return sum(parts) + self.source.memory_bytes()
 
     def state(self) -> dict[str, Any]:
         """Where the stream stands, for any rank of any world; what `restore` compares comes first."""

@@ -114,10 +114,10 @@ class Source:
         self.sink = np.concatenate([s.token_column("sink") for s in self._splits]).view(bool)
         self.sample = self._distinct_samples()
         kept = np.isin(np.arange(256), [KINDS.index(kind) for kind in self.selection.kept_kinds])
+        # (token,): counts
         self.chosen = kept[self.kind]  # a table: isin of the column itself would take ten times its memory
         if self.selection.sinks is False:
             self.chosen &= ~self.sink
-        """(token,): counts"""
         if not self.chosen.any():
             raise NoTokensError(f"no token of split {split} is of the kinds {self.selection.kept_kinds}")
 
