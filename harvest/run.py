@@ -4,7 +4,6 @@ Three things happen at once: threads of the feed read and prepare samples, this 
 outbox's thread hands what came out to the writer, whose own threads quantise, encode and write.
 """
 
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -15,13 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..cache_format import CacheWriter, Manifest, open_cache
+from ..cache_format import CacheWriter, open_cache
 from ..cache_format.layout import SPLITS, parse_layers
 from ..progress import Progress
 from ..stopping import StopRequested
 from .batches import POOL_BATCHES, pack
 from .columns import describe_columns
 from .config import HarvestConfig
+from .disk import check_disk
 from .feed import Feed, Read
 from .forward import Forward, Values, check_finite
 from .identity import describe
@@ -33,8 +33,6 @@ from .tokens import PreparedSample
 
 BAD_FRACTION_AFTER = 100
 """Samples to see before --max-bad-fraction is judged."""
-DISK_RESERVE = 1.05
-"""Ask for this much more than the codes before entropy coding: token table, statistics, journal."""
 
 
 class HarvestReport(NamedTuple):
@@ -87,7 +85,7 @@ def harvest(config: HarvestConfig) -> HarvestReport:
             CacheWriter(config.cache, manifest, rank=config.rank, threads=threads, max_tokens=wanted)
         )
         if not writer.complete:
-            _check_disk(config.cache, manifest, wanted)
+            check_disk(config, manifest, rows, model)
             done = writer.committed("train")
             progress = stack.enter_context(Progress("harvest", total=wanted, unit="tok", done=done))
             taps = stack.enter_context(_tap(model, hookpoints, layers))
@@ -221,17 +219,6 @@ def _report(run: _Harvest) -> None:
 def _kinds(cache: Path) -> dict[str, dict[str, int]]:
     opened = open_cache(cache, check=False)
     return {split: {**opened[split].counts(), "sink": opened[split].n_sinks} for split in SPLITS}
-
-
-def _check_disk(cache: Path, manifest: Manifest, tokens: int | None) -> None:
-    """Refuse before the first token what the disk cannot hold (one window where the end is not known)."""
-    needed = int(DISK_RESERVE * manifest.bytes_per_token * (tokens or manifest.window))
-    free = shutil.disk_usage(cache).free
-    if needed > free:
-        raise ValueError(
-            f"{cache}: expected room for up to {needed / 1e6:.0f} MB, found {free / 1e6:.0f} MB free; "
-            "free some, choose another disk, or harvest fewer --tokens or --layers"
-        )
 
 
 def _tap(model: LoadedModel, hookpoints: Hookpoints, layers: tuple[int, ...]) -> MlpTaps:

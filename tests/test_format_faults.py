@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ class Disk:
     def __init__(self, at: int = -1, fail: Callable[[str], None] = lambda kind: None, goes_on: bool = False):
         self.at, self.fail, self.goes_on = at, fail, goes_on
         self.trace: list[tuple[str, str]] = []
+        self.lock = threading.Lock()
         self.names: dict[int, str] = {}
         self.real = {
             name: getattr(os, name) for name in ("open", "write", "fsync", "replace", "mkdir", "ftruncate")
@@ -47,8 +49,9 @@ class Disk:
         self.real_open = builtins.open
 
     def step(self, kind: str, path: object, half: Callable[[], object] = lambda: None) -> None:
-        number = len(self.trace)
-        self.trace.append((kind, str(path)))
+        with self.lock:
+            number = len(self.trace)
+            self.trace.append((kind, str(path)))
         if number == self.at or (self.goes_on and number > self.at >= 0 and kind in FILLS):
             half()
             self.fail(kind)
@@ -177,6 +180,12 @@ def check_finishing(tiny: Any, whole: Any) -> None:
     assert [name for name in found if found[name] != whole.bytes[name]] == []
 
 
+def moments(trace: list[tuple[str, str]], start: int = 0) -> list[int]:
+    """Every QUICK-th operation, and the last of each kind."""
+    last = {kind: n for n, (kind, _) in enumerate(trace)}
+    return sorted({*range(start, len(trace), QUICK), *last.values()})
+
+
 def fail_at(tiny: Any, whole: Any, at: int, code: int, goes_on: bool) -> None:
     def fail(kind: str) -> None:
         raise OSError(code, os.strerror(code))
@@ -251,14 +260,14 @@ def test_a_failing_disk_loses_no_committed_window(
 ) -> None:
     """Sampled over all operations."""
     tiny = whole.at(tmp_path / "faulty")
-    for at in [*range(0, len(whole.trace), QUICK), len(whole.trace) - 1]:
+    for at in moments(whole.trace):
         fail_at(tiny, whole, at, code, goes_on)
 
 
 def test_a_kill_loses_no_committed_window(whole: Any, tmp_path: Path) -> None:
     """Sampled over all operations; the process is killed for real."""
     tiny = whole.at(tmp_path / "killed")
-    for at in [*range(7, len(whole.trace), QUICK), len(whole.trace) - 1]:
+    for at in moments(whole.trace, 7):
         kill_at(tiny, whole, at)
 
 
@@ -295,6 +304,18 @@ def test_kills_upon_kills(whole: Any, tmp_path: Path) -> None:
     for at in range(0, 400, 23):
         killed_run(tiny, at)
     check_finishing(tiny, whole)
+
+
+def test_kills_while_many_threads_write(whole: Any, tmp_path: Path) -> None:
+    """Whatever order the threads' operations come in: a prefix of the windows stays, finishing is exact."""
+    tiny = whole.at(tmp_path / "killed")
+    tiny.threads = 4
+    for at in moments(whole.trace, 11):
+        shutil.rmtree(tiny.path, ignore_errors=True)
+        assert os.WIFSIGNALED(killed_run(tiny, at))
+        windows = open_cache(tiny.path).windows if (tiny.path / "zarr.json").exists() else []
+        check_committed(tiny, whole, len(windows))
+        check_finishing(tiny, whole)
 
 
 def test_the_line_is_written_after_all_that_it_names_is_durable(whole: Any) -> None:

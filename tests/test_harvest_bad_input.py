@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import tiny
 from PIL import Image
 
 import clt.cache_format.files
-from clt.cache_format import open_cache, verify_cache
+from clt.cache_format import CacheWriter, open_cache, verify_cache
 from clt.harvest.config import HarvestConfig
+from clt.harvest.disk import RESERVE
 from clt.harvest.run import harvest
 
 
@@ -211,13 +213,66 @@ def test_full_disk_keeps_what_is_committed(
     assert verify_cache(str(tmp_path / "c"), full=True) == []
 
 
+def free_space(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr("clt.harvest.disk.shutil.disk_usage", lambda path: type("Usage", (), {"free": size}))
+
+
+def needed_bytes(config: HarvestConfig, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What a harvest says that it needs, when nothing is free."""
+    free_space(monkeypatch, -1)
+    with pytest.raises(ValueError, match=r"found -0.0 MB free") as fault:
+        harvest(config)
+    tokens, size = map(int, re.findall(r"\((\d+) more tokens of (\d+) bytes\)", str(fault.value))[0])
+    needed = int(RESERVE * tokens * size)
+    assert f"expected room for up to {needed / 1e6:.1f} MB" in str(fault.value)
+    return needed
+
+
+@pytest.mark.parametrize("options", [{"tokens": 200}, {}, {"tokens": 200, "world_size": 2}], ids=str)
 def test_a_disk_too_small_is_refused_before_the_first_token(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """With both figures, for all ranks, of a whole dataset too; the room that was asked for is enough."""
+    tiny.write_dataset(tmp_path / "data")
+    config = configure(model, tmp_path / "data" / "train.jsonl", tmp_path / "c", val_fraction=0.2, **options)
+    needed = needed_bytes(config, monkeypatch)
+    assert list((tmp_path / "c").rglob("c.*")) == []
+    free_space(monkeypatch, needed - 1)
+    with pytest.raises(ValueError, match="expected room"):
+        harvest(config)
+    free_space(monkeypatch, needed)
+    report = harvest(config)
+    token_bytes = open_cache(config.cache).manifest.bytes_per_token
+    stored = sum(report.tokens.values()) * config.world_size
+    assert 0.6 * needed < RESERVE * token_bytes * stored < 1.5 * needed  # few samples, split by chance
+
+
+def test_a_resumed_harvest_needs_room_for_the_rest_alone(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tiny.write_rows(tmp_path / "data", [{"conversations": say("x")}])
-    monkeypatch.setattr("clt.harvest.run.shutil.disk_usage", lambda path: type("Usage", (), {"free": 10_000}))
-    with pytest.raises(ValueError, match=r"expected room for up to \d+ MB, found 0 MB free"):
-        harvest(configure(model, path, tmp_path / "c", tokens=10**6))
+    """What is committed lies on the disk already, and is not asked for again."""
+    tiny.write_dataset(tmp_path / "data")
+    config = configure(
+        model, tmp_path / "data" / "train.jsonl", tmp_path / "c", batch_tokens=70, val_fraction=0.0
+    )
+    whole = needed_bytes(config, monkeypatch)
+    monkeypatch.undo()
+    commit, calls = CacheWriter._commit, []
+
+    def failing(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        commit(*arguments)
+
+    monkeypatch.setattr(CacheWriter, "_commit", failing)
+    with pytest.raises(OSError, match="No space left"):
+        harvest(config)
+    monkeypatch.undo()
+    cache = open_cache(config.cache)
+    assert len(cache["train"]) == 2 * cache.manifest.window
+    saved = RESERVE * cache.manifest.bytes_per_token * len(cache["train"])
+    assert needed_bytes(config, monkeypatch) == pytest.approx(whole - saved, abs=2)
 
 
 def test_byte_order_mark_and_json_list(model: Path, tmp_path: Path) -> None:

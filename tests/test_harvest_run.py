@@ -218,40 +218,49 @@ def test_harvesting_again_does_nothing_and_other_arguments_are_refused(folder: P
 
 SLOW_HARVEST = """
 import sys, time
-from pathlib import Path
 import clt.harvest.run as run
-from clt.harvest.config import HarvestConfig
-from clt.stopping import stop_on_signals
+from clt.cli import main
 take = run.MlpTaps.run
 def slow(self, *args):
     time.sleep(0.05)
     return take(self, *args)
 run.MlpTaps.run = slow
-root = Path(sys.argv[1])
-with stop_on_signals():
-    run.harvest(HarvestConfig(model=str(root / "model"), dataset=str(root / "data/train.jsonl"),
-                cache=Path(sys.argv[2]), window=64, val_fraction=0.3, batch_tokens=70))
+root, cache = sys.argv[1:]
+sys.argv = ["clt", "harvest", root + "/model", root + "/data/train.jsonl", cache]
+sys.argv += "--window 64 --val-fraction 0.3 --batch-tokens 70".split()
+main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_and_resumed_equals_uninterrupted(
     folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """Every file, byte for byte, after a kill between windows and a second run."""
+    """Every file, byte for byte, after a stop between windows and a second run; asked to stop, it stops at a
+    window's end, with nothing half written, one line and 130."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = {"batch_tokens": 70}
     harvest(configure(folder, whole, **options))
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW_HARVEST, str(folder), str(cut)], stderr=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-c", SLOW_HARVEST, str(folder), str(cut)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal = cut / "journal.jsonl"
     while process.poll() is None and not (journal.exists() and journal.read_text().count("\n") >= 2):
         time.sleep(0.01)
     os.kill(process.pid, number)
-    process.wait()
+    _, said = process.communicate()
     assert not open_cache(cut).complete, "the test was too slow to interrupt"
-    assert len(open_cache(cut)["train"]) > 0
+    windows = open_cache(cut).windows
+    assert windows
+    assert {entry.tokens for entry in windows} == {64}
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert said.splitlines()[-1].startswith("error: interrupted; what was saved is kept")
+        assert "Traceback" not in said
+        listed = {cut / name for entry in windows for name in entry.files}
+        assert listed == set(cut.rglob("c.*")), "files of a window that is not committed"
+        assert not list(cut.rglob(".*"))
     harvest(configure(folder, cut, **options))
     files = {p.relative_to(whole): p.read_bytes() for p in whole.rglob("*") if p.is_file()}
     again = {
