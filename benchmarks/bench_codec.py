@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from numcodecs import Blosc, Zstd
+from numcodecs.pcodec import PCodec
 
 from clt.cache_format import codec
 from clt.cache_format.layout import BLOCK, CHUNK, SITES
@@ -134,16 +135,56 @@ def int8_candidates(divisor: int) -> Iterator[Candidate]:
         return codec.quantise(values, divisor)
 
     yield Candidate(f"**{shipped}, zstd-1**", quantise_shipped, codec.dequantise, *zstd)
+    yield from blocks_and_centring(divisor, of_token(mean_abs), zstd)
+    yield Candidate(
+        f"{shipped}, Huffman alone",
+        quantise_shipped,
+        codec.dequantise,
+        huffman,
+        lambda s, out: Zstd(1).decode(s, out),
+    )
     others = {"zstd-3": Zstd(3, checksum=True), "blosc bitshuffle zstd-1": Blosc("zstd", 1, Blosc.BITSHUFFLE)}
     for name, coder in others.items():
         yield Candidate(f"{shipped}, {name}", quantise_shipped, codec.dequantise, coder.encode, coder.decode)
 
 
-def stepwise(step: Callable[[Array], Array]) -> Callable[[Array], tuple[Array, ...]]:
+def blocks_and_centring(
+    divisor: int, typical: Callable[[Array], Array], coder: tuple[Any, Any]
+) -> Iterator[Candidate]:
+    """The shipped step with other blocks for what does not fit, and with each channel's mean taken away."""
+
+    def step(blocks: Array) -> Array:
+        return typical(blocks) / np.float32(divisor)
+
+    for block in (16, 32, None):
+        name = f"blocks of {block}" if block else "one block a vector"
+        yield Candidate(f"int8 /{divisor}, {name}, zstd-1", stepwise(step, block), by_block, *coder)
+
+    def centred(values: Array) -> tuple[Array, ...]:
+        mean = values.mean(axis=0, keepdims=True).astype(np.float16)
+        return *stepwise(step)(values - mean.astype(np.float32)), mean
+
+    def restore(codes: Array, scale: Array, mean: Array) -> Array:
+        return by_block(codes, scale) + mean.astype(np.float32)
+
+    yield Candidate(f"int8 /{divisor}, centred, zstd-1", centred, restore, *coder)
+
+
+def by_block(codes: Array, scale: Array) -> Array:
+    return codes * np.repeat(scale.astype(np.float32), codes.shape[1] // scale.shape[1], axis=1)
+
+
+def huffman(chunk: Array) -> bytes:
+    return codec._entropy_coder().compress(np.ascontiguousarray(chunk).view(np.uint8).data)
+
+
+def stepwise(
+    step: Callable[[Array], Array], block: int | None = BLOCK
+) -> Callable[[Array], tuple[Array, ...]]:
     """int8 with this step where it fits and absmax / 127 where it does not, as plain numpy."""
 
     def quantise(values: Array) -> tuple[Array, ...]:
-        blocks = values.reshape(len(values), -1, BLOCK)
+        blocks = values.reshape(len(values), -1, block or values.shape[1])
         wanted = np.maximum(step(blocks), np.abs(blocks).max(axis=2) / np.float32(127))
         scale = codec._round_up_to_half(wanted)
         codes = np.rint(blocks / np.maximum(scale, np.float16(1e-7)).astype(np.float32)[..., None])
@@ -161,6 +202,7 @@ def bf16_candidates() -> Iterator[Candidate]:
         "blosc bitshuffle zstd-1": Blosc("zstd", 1, Blosc.BITSHUFFLE),
         "blosc byteshuffle zstd-1": Blosc("zstd", 1, Blosc.SHUFFLE),
         "zstd-1": Zstd(1),
+        "pcodec": PCodec(),
     }
     for name, coder in coders.items():
         yield Candidate(f"bf16 {name}", bits, codec.from_bf16_bits, coder.encode, coder.decode)
