@@ -266,12 +266,11 @@ def train_command(
     transcoder = TranscoderConfig(**{name: given[name] for name in structure})
     config = TrainConfig(run=out or Path("checkpoints") / run_name, transcoder=transcoder, **settings)
     from .train.loop import train
+    from .train.report import render_training
 
     with stop_on_signals():
         report = train(config, resume)
-    text = f"{report.run}: {report.steps} steps, {report.tokens} tokens"
-    text += " (was complete)" if report.fvu is None else f", FVU of the last step {report.fvu:.4f}"
-    _answer(as_json, {**report._asdict(), "run": str(report.run)}, text)
+    _answer(as_json, {**report._asdict(), "run": str(report.run)}, render_training(report))
 
 
 @app.command("eval")

@@ -16,6 +16,7 @@ class Progress:
         self._name, self._total, self._unit = name, total, unit
         self._leave = leave
         self._done = self._started_at = done
+        self._note = ""
         self._began = self._last_line = time.monotonic()
         self._bar = (
             tqdm(
@@ -40,7 +41,7 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         elif self._leave and self._done > self._started_at:
-            self._line("")
+            self._line(f", took {_time(time.monotonic() - self._began)}")
 
     @property
     def rate(self) -> float:
@@ -48,20 +49,29 @@ class Progress:
         return (self._done - self._started_at) / max(1e-9, time.monotonic() - self._began)
 
     def add(self, units: int, note: str = "") -> None:
-        self._done += units
+        self._done, self._note = self._done + units, note
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(units)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._line(note)
+            left = (self._total - self._done) / self.rate if self._total and self.rate else None
+            self._line("" if left is None else f", {_time(left)} left")
 
     def advance_to(self, done: int, note: str = "") -> None:
         """As `add`, told how far the work is."""
         self.add(done - self._done, note)
 
-    def _line(self, note: str) -> None:
+    def _line(self, time_text: str) -> None:
         self._last_line = time.monotonic()
         of = f"/{self._total}" if self._total else ""
-        left = f", {(self._total - self._done) / self.rate:.0f} s left" if self._total and self.rate else ""
-        text = f"{self._name}: {self._done}{of} {self._unit}, {self.rate:.0f} {self._unit}/s{left}"
-        print(f"{text}, {note}" if note else text, file=sys.stderr, flush=True)
+        text = f"{self._name}: {self._done}{of} {self._unit}, {self.rate:.0f} {self._unit}/s{time_text}"
+        print(f"{text}, {self._note}" if self._note else text, file=sys.stderr, flush=True)
+
+
+def _time(seconds: float) -> str:
+    """As 40 s, 12 min 30 s or 5 h 02 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, whole = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {whole:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,18 +14,15 @@ from ..cache_format import open_cache
 from ..cache_format.layout import parse_layers
 from ..progress import Progress
 from ..stopping import StopRequested
+from .announcement import announce, sink_warning
 from .checkpoint import LATEST, TrainerState, checkpoint_folder, restore_training, save_checkpoint
-from .config import (
-    TrainConfig,
-    lr_rule,
-)
+from .config import TrainConfig
 from .evaluate import Evaluation, evaluate
 from .finetune import start_from
 from .finite import NotFiniteError, require_finite_loss, require_finite_weights
 from .losses import Extras
 from .metrics import DeadLatents, FiringCounts
 from .optimizer import Optimizer, learning_rate
-from .order import predicted_partners
 from .origin import save_origin
 from .plan import annealed, plan
 from .reader import Batch, Reader
@@ -38,9 +35,6 @@ from .step import train_step
 from .transcoder import CrossLayerTranscoder, new_transcoder
 from .wandb_run import require_wandb
 
-SINK_WARNING = 0.5
-"""Warn when sinks hold more than this share of a layer's variance."""
-
 
 class TrainReport(NamedTuple):
     run: Path
@@ -48,6 +42,12 @@ class TrainReport(NamedTuple):
     tokens: int
     fvu: float | None
     """Mean over layers, of the last step; None where the run was complete already."""
+    seconds: float
+    """Of the steps of this process, checkpoints included"""
+    stall: float
+    """Share of them spent waiting for the cache"""
+    held_out: dict[str, Any] | None
+    """As `Evaluation.to_json`; None where split val has no tokens"""
 
 
 class _Run:
@@ -136,16 +136,17 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
     if resume:
         run.restore(checkpoint_folder(config.run))
     model.outputs.measure(source.statistics("mlp_out").variance)
-    _say(_summary(run))
-    if (share := source.sink_share()) > SINK_WARNING:
-        _say(
-            f"warning: sinks (massive activations) hold {share:.0%} of the variance of a layer; FVU will "
-            "hardly see the other tokens there. --exclude bos,sink leaves them out"
-        )
+    _say(announce(config, source, model, run.plan, run.step))
+    if warning := sink_warning(source):
+        _say(warning)
     with run.reader, RunLog(config, source, model, run.step) as run.log:
+        began = time.monotonic()
         fvu = _loop(run) if run.step < run.plan.steps else None
-        run.write_report(_held_out(run))
-    return TrainReport(config.run, run.step, run.tokens, fvu)
+        seconds = time.monotonic() - began
+        held_out = _held_out(run)
+        run.write_report(held_out)
+    found = None if isinstance(held_out, str) else held_out.to_json(source.layers)
+    return TrainReport(config.run, run.step, run.tokens, fvu, seconds, run.reader.waited / seconds, found)
 
 
 def _loop(run: _Run) -> float:
@@ -212,7 +213,7 @@ def _one_step(run: _Run, progress: Progress) -> float:
     fvu = float(result.fvu.mean())
     norm = run.optimizer.grad_norm
     run.log.add(result, batches, grad_norm=norm, seconds=seconds, waited=run.reader.waited - waited)
-    progress.add(tokens, f"FVU {fvu:.3f}")
+    progress.add(tokens, f"step {run.step}/{plan.steps}, FVU {fvu:.3f}")
     return fvu
 
 
@@ -237,25 +238,6 @@ def _read(run: _Run) -> list[Batch]:
     if left % run.config.batch_tokens:
         sizes.append(left % run.config.batch_tokens)
     return [run.reader.next(size) for size in sizes]
-
-
-def _summary(run: _Run) -> str:
-    shape, plan, source = run.model.shape, run.plan, run.source
-    m = predicted_partners(
-        run.config.batch_tokens,
-        source.tokens_per_sample,
-        source.n_tokens,
-        source.manifest.window,
-        run.config.buffer_tokens,
-        len(source.chosen),
-    )
-    rule = f" ({lr_rule(run.config.optimizer)})" if run.config.lr is None else ""
-    return (
-        f"{shape.n_layers} layers, {shape.n_latents} latents each, {shape.n_pairs} decoders, "
-        f"{shape.n_parameters / 1e6:.1f} M parameters; {source.n_tokens} tokens, {plan.steps} steps of "
-        f"{run.config.step_tokens}; {run.config.optimizer}, lr {plan.lr:.2e}{rule}, warm-up {plan.warmup}; "
-        f"predicted shuffle m {m:.2f}"
-    )
 
 
 def _say(text: str) -> None:

@@ -5,8 +5,11 @@ from typing import Any
 
 from .checkpoint import checkpoint_folder, load_transcoder
 from .evaluate import Evaluation, evaluate
-from .loop import open_source
+from .loop import TrainReport, open_source
 from .run_folder import load_config
+
+STALL_ADVICE = 0.05
+"""Say what helps when more than this share of a run was spent waiting for the cache."""
 
 
 def evaluate_cache(
@@ -19,6 +22,31 @@ def evaluate_cache(
     evaluation = evaluate(model, source, threads=threads)
     layers = model.shape.layers
     return evaluation.to_json(layers), render_evaluation(evaluation, layers)
+
+
+def render_training(report: TrainReport) -> str:
+    """What came of a run, and where it is."""
+    rows = {"run": f"{report.run}: {report.steps} steps, {report.tokens} tokens", "trained": _trained(report)}
+    if held := report.held_out:
+        kinds = ", ".join(f"{kind} {fvu:.4f}" for kind, fvu in held["fvu_kind"].items())
+        rows["held out"] = (
+            f"FVU {held['fvu']:.4f} on {held['tokens']} tokens ({kinds}), L0 {held['l0']:.1f}, "
+            f"dead {held['dead']:.1%}"
+        )
+    else:
+        rows["held out"] = "no tokens in split val; `clt eval --cache` takes another cache"
+    rows["report"] = f"{report.run / 'report.html'}; by layer and offset: clt eval {report.run}"
+    return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
+
+
+def _trained(report: TrainReport) -> str:
+    if report.fvu is None:
+        return "nothing, it was complete"
+    advice = "; more --threads or a faster disk would help" if report.stall > STALL_ADVICE else ""
+    return (
+        f"FVU of the last step {report.fvu:.4f}; {report.seconds:.0f} s, {report.stall:.1%} of it waiting "
+        f"for the cache{advice}"
+    )
 
 
 def render_evaluation(evaluation: Evaluation, layers: tuple[int, ...]) -> str:

@@ -231,11 +231,12 @@ class Source:
             *(getattr(whole, f)[pick] for f in ("mean", "variance", "rms", "absmax", "noise_fvu")),
         )
 
-    def sink_share(self) -> float:
-        """Largest share, over layers, that sinks have in the variance of mlp_out."""
+    def sink_shares(self) -> npt.NDArray[np.float64]:
+        """(layer,): share that sinks have in the variance of mlp_out."""
         without = Selection(self.selection.kinds, (*self.selection.exclude, "sink"))
         whole, rest = self.statistics("mlp_out"), self.statistics("mlp_out", without)
-        return float(1 - (rest.variance * rest.tokens / (whole.variance * whole.tokens)).min())
+        shares: npt.NDArray[np.float64] = 1 - rest.variance * rest.tokens / (whole.variance * whole.tokens)
+        return shares
 
     def _owners(self, chunks: Ints) -> tuple[Ints, Ints]:
         """(cache, chunk inside it) of each chunk."""

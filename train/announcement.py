@@ -1,0 +1,75 @@
+"""What a run says before its first step, as text for a terminal."""
+
+import os
+
+import numpy as np
+
+from .config import TrainConfig, lr_rule
+from .order import predicted_partners
+from .plan import Plan
+from .source import Source
+from .transcoder import CrossLayerTranscoder
+
+SINK_WARNING = 0.5
+"""Warn when sinks hold more than this share of a layer's variance."""
+
+
+def announce(config: TrainConfig, source: Source, model: CrossLayerTranscoder, plan: Plan, done: int) -> str:
+    """One line each on cache, transcoder, plan, learning rate, shuffling and folder; done: steps."""
+    rows = {
+        "cache": _cache(config, source),
+        "clt": _transcoder(config, model),
+        "steps": f"{plan.steps} of {config.step_tokens} tokens; {plan.tokens} tokens, "
+        f"{plan.tokens / source.n_tokens:.2f} epochs",
+        "lr": _learning_rate(config, plan),
+        "shuffle": _shuffle(config, source),
+        "run": f"{config.run}" + (f", goes on after step {done}" if done else ""),
+    }
+    return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
+
+
+def sink_warning(source: Source) -> str | None:
+    """Which layers' variance is that of sinks; None where there is no such layer."""
+    shares = source.sink_shares()
+    if not (found := np.flatnonzero(shares > SINK_WARNING)).size:
+        return None
+    layers = ", ".join(f"{source.layers[place]} ({shares[place]:.0%})" for place in found.tolist())
+    return (
+        f"warning: sinks, the tokens of massive norm, hold most of the variance of layer {layers}; FVU "
+        "hardly sees the other tokens there. --exclude bos,sink leaves them out"
+    )
+
+
+def _cache(config: TrainConfig, source: Source) -> str:
+    names = ", ".join(os.fspath(path) for path in config.caches)
+    which = ", ".join(source.selection.kept_kinds) + ("; no sinks" if source.selection.sinks is False else "")
+    return f"{names}: {source.n_tokens} of {len(source.kind)} tokens of split train count ({which})"
+
+
+def _transcoder(config: TrainConfig, model: CrossLayerTranscoder) -> str:
+    shape, k = model.shape, config.transcoder.k
+    return (
+        f"{shape.n_layers} layers of {shape.n_latents} latents, {config.transcoder.activation}"
+        f"{'' if k is None else f', k {k}'}; {shape.n_decoders} decoders, {shape.n_parameters / 1e6:.1f} M "
+        f"parameters, {config.dtype} on {model.inputs.mean.device}"
+    )
+
+
+def _learning_rate(config: TrainConfig, plan: Plan) -> str:
+    rule = f" by the rule {lr_rule(config.optimizer)}" if config.lr is None else ""
+    then = "constant" if config.lr_schedule == "constant" else f"{config.lr_schedule} to 0"
+    return f"{plan.lr:.2e}{rule}; {config.optimizer}, {plan.warmup} steps of warm-up, then {then}"
+
+
+def _shuffle(config: TrainConfig, source: Source) -> str:
+    m = predicted_partners(
+        config.batch_tokens,
+        source.tokens_per_sample,
+        source.n_tokens,
+        source.manifest.window,
+        config.buffer_tokens,
+        len(source.chosen),
+    )
+    batch = min(config.batch_tokens, source.n_tokens)
+    perfect = (batch - 1) * (source.tokens_per_sample - 1) / source.n_tokens
+    return f"a token will meet {m:.2f} others of its sample in a batch; {perfect:.2f} if order were perfect"
