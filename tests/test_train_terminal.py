@@ -51,7 +51,7 @@ def test_the_perfect_shuffle_is_what_a_permutation_has(
     assert everything["cache"].endswith("tokens of split train count (text, image, bos, template)")
     said = everything["shuffle"]
     assert said.startswith("a token will meet 6.0")
-    assert said.endswith(" others of its sample in a batch; 6.06 if order were perfect")
+    assert said.endswith(" others of its sample in a batch; 6.07 if order were perfect")
 
 
 def test_the_warning_names_the_layers_that_sinks_hold(make_cache: Callable[..., Any]) -> None:

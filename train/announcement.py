@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from .config import TrainConfig, lr_rule
-from .order import predicted_partners
+from .order import perfect_partners, predicted_partners
 from .plan import Plan
 from .source import Source
 from .transcoder import CrossLayerTranscoder
@@ -70,6 +70,5 @@ def _shuffle(config: TrainConfig, source: Source) -> str:
         config.buffer_tokens,
         len(source.chosen),
     )
-    batch = min(config.batch_tokens, source.n_tokens)
-    perfect = (batch - 1) * (source.tokens_per_sample - 1) / source.n_tokens
+    perfect = perfect_partners(config.batch_tokens, source.tokens_per_sample, source.n_tokens)
     return f"a token will meet {m:.2f} others of its sample in a batch; {perfect:.2f} if order were perfect"
