@@ -318,6 +318,26 @@ def eval_command(
     _answer(as_json, found, text)
 
 
+@app.command("calibrate")
+def calibrate_command(
+    run: Annotated[
+        Path, typer.Argument(help="run with topk, groupmax or batchtopk, or one checkpoint in it")
+    ],
+    out: Annotated[Path, typer.Argument(help="run folder to write, with jumprelu")],
+    cache: Annotated[
+        list[Path] | None, typer.Option(help="tokens to look at [default: the run's own caches]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="of split train that decide the thresholds")] = 65536,
+    threads: Annotated[int | None, typer.Option(help="decoding threads [default: one a core]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn k into one threshold a layer that keeps as many latents; reports L0 and FVU before and after."""
+    from .train.calibrate import calibrate
+
+    found = calibrate(run, out, caches=tuple(cache or ()), tokens=tokens, threads=threads)
+    _answer(as_json, {"run": str(out), **found.to_json()}, f"{found}\n{out} is written, with jumprelu")
+
+
 @app.command("export")
 def export_command(
     run: Annotated[Path, typer.Argument(help="run folder, or one checkpoint in it")],
