@@ -92,6 +92,8 @@ def test_curves_are_the_lines_of_metrics_jsonl(config: TrainConfig, page: Page) 
         (line,) = page.data["charts"][name]["lines"]
         means = [np.mean([step[f"{name}/{layer}"] for layer in range(LAYERS)]) for step in found]
         assert line["y"] == pytest.approx(means, rel=1e-3)
+    for tile, name, size in (("Speed", "tokens_per_s", 1), ("Stall", "stall", 100)):
+        assert page.values[tile] == [pytest.approx(size * np.mean([line[name] for line in found]), rel=1e-8)]
     assert page.values["Training FVU"] == [pytest.approx(found[-1]["fvu"], rel=1e-8)]
 
 

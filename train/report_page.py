@@ -76,11 +76,11 @@ def _header(report: RunReport, links: str) -> str:
         "Training FVU": (_value(last, "fvu"), "", f"last line, step {last.get('step', 0):,}"),
         "L0": (_layer_mean(report, "l0"), "", "positive activations, token and layer"),
         "Dead latents": (100 * _layer_mean(report, "dead"), " %", "long not positive"),
-        "Speed": (_value(last, "tokens_per_s"), "", "tokens a second"),
-        "Stall": (100 * _value(last, "stall"), " %", "of the time waiting for the cache"),
+        "Speed": (_over_lines(report, "tokens_per_s"), "", "tokens a second, mean of the lines"),
+        "Stall": (100 * _over_lines(report, "stall"), " %", "of the time waiting for the cache"),
     }
     cells = "".join(
-        f'<div><dt>{name}</dt><dd data-name="{name}" data-value="{value:.9g}">{number(float(value))}{unit}'
+        f'<div><dt>{name}</dt><dd data-name="{name}" data-value="{value:.9g}">{_short(float(value), unit)}'
         f"<small>{small}</small></dd></div>"
         for name, (value, unit, small) in tiles.items()
     )
@@ -88,6 +88,16 @@ def _header(report: RunReport, links: str) -> str:
         f'<header><h1>{escape(report.name)}</h1><p class="lead">{escape(lead)}</p>'
         f'<dl class="tiles">{cells}</dl><nav aria-label="Sections">{links}</nav></header>'
     )
+
+
+def _short(value: float, unit: str) -> str:
+    """Percent with one decimal; others as everywhere."""
+    return f"{value:.1f}{unit}" if unit and math.isfinite(value) else f"{number(value)}{unit}"
+
+
+def _over_lines(report: RunReport, metric: str) -> float:
+    values = report.curves[metric].mean
+    return float(values.mean()) if len(values) else math.nan
 
 
 def _layer_mean(report: RunReport, metric: str) -> float:
