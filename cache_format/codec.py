@@ -180,7 +180,9 @@ def _round_to_bf16(values: Floats, out: npt.NDArray[np.uint16]) -> None:
 
 
 def from_bf16_bits(bits: npt.NDArray[np.uint16]) -> Floats:
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
 
 
 def encode_chunk(chunk: Array) -> bytes:

@@ -16,7 +16,6 @@ from .codec import (
     SLAB,
     Codes,
     Floats,
-    dequantise,
     encode_chunk,
     from_bf16_bits,
     quantise_slab,
@@ -68,7 +67,11 @@ class Window:
             self._noise[site] = np.zeros(per_layer, np.float32)
             self._square[site] = np.zeros(per_layer, np.float64)
             self._peak[site] = np.zeros(per_layer, np.float32)
-        self._norms = np.zeros(per_layer, np.float32)
+
+    def clear(self) -> "Window":
+        """Ready for other tokens; its memory stays, for a page of new memory costs as much as encoding it."""
+        self.tokens = 0
+        return self
 
     @property
     def room(self) -> int:
@@ -90,8 +93,6 @@ class Window:
             given = np.ascontiguousarray(values[part, index])
             at = slice(rows.start + part.start, rows.start + part.stop)
             true: Floats = from_bf16_bits(given) if given.dtype == np.uint16 else given
-            if site == "mlp_out":
-                self._norms[index, at] = np.sqrt(np.einsum("td,td->t", true, true))
             if self.manifest.precision == "bf16":
                 bits = given if given.dtype == np.uint16 else to_bf16_bits(true)
                 self._codes[site][index, at] = bits
@@ -128,7 +129,7 @@ class Window:
     @_QUIET
     def seal(self) -> npt.NDArray[np.int64]:
         """Mark the sinks; (token,) group of every token."""
-        norms = self._norms[:, : self.tokens]
+        norms = np.sqrt(self._square["mlp_out"][:, : self.tokens])
         high = norms > SINK_RATIO * np.median(norms, axis=1, keepdims=True)
         self.columns["sink"][: self.tokens] = high.any(axis=0)
         group = self.columns["kind"][: self.tokens] + len(layout.KINDS) * self.columns["sink"][: self.tokens]
@@ -166,17 +167,25 @@ class Window:
         np.maximum.at(sums.absmax[:, index], group, self._peak[site][index, tokens])
         for present in np.unique(group):
             for part in _cut(np.flatnonzero(group == present)):
-                stored = self._stored(site, index, part)
                 # a sink's massive channels swallow the digits of the others
                 exact = np.float64 if present >= len(layout.KINDS) else np.float32
-                # no matrix product here: BLAS would start its own threads inside each of ours
-                sums.sum[present, index] += stored.sum(axis=0, dtype=exact)
+                sums.sum[present, index] += self._sum(site, index, part, np.dtype(exact))
 
-    def _stored(self, site: str, index: int, rows: npt.NDArray[np.int64]) -> Floats:
+    def _sum(
+        self, site: str, index: int, rows: npt.NDArray[np.int64], exact: np.dtype[Any]
+    ) -> npt.NDArray[Any]:
+        """(d_model,): sum of stored vectors. No matrix product: BLAS would start threads in each of ours."""
         codes = self._codes[site][index][rows]
         if codes.dtype == np.uint16:
-            return from_bf16_bits(codes)
-        return dequantise(codes.view(np.int8), self._scales[site][index][rows])
+            return np.asarray(from_bf16_bits(codes).sum(axis=0, dtype=exact))
+        whole = codes.shape[1] // layout.BLOCK
+        cut = whole * layout.BLOCK
+        scale, numbers = self._scales[site][index][rows].astype(exact), codes.astype(exact)
+        blocks = numbers[:, :cut].reshape(len(rows), whole, layout.BLOCK)
+        parts = [np.einsum("tb,tbc->bc", scale[:, :whole], blocks).ravel()]
+        if cut < codes.shape[1]:
+            parts.append(np.einsum("t,tc->c", scale[:, whole], numbers[:, cut:]))
+        return np.concatenate(parts)
 
     def _order(self, window: int) -> npt.NDArray[np.int64]:
         """Place on disk -> place of arrival."""
@@ -187,13 +196,13 @@ def memory(manifest: Manifest, threads: int) -> int:
     """Bytes that a writer with `threads` threads holds at most, its list of samples and the caller's values
     aside:
 
-        3 windows (two splits fill, one is written): window * (bytes_per_token + n_layers * 36 + 18)
+        3 windows (two splits fill, one is written): window * (bytes_per_token + n_layers * 32 + 18)
         each thread: 2 * window * d_model * bytes a value (a shard and its parts) + 24 * SLAB
         5 sums (two splits, two sites, one being encoded): 8 groups * n_layers * d_model * 8
     """
     value = 1 if manifest.precision == "int8" else 2
     columns = sum(dtype.itemsize for dtype in layout.TOKEN_COLUMNS.values())
-    of_token = manifest.bytes_per_token + manifest.n_layers * 36 + columns
+    of_token = manifest.bytes_per_token + manifest.n_layers * 32 + columns
     shard = manifest.window * manifest.d_model * value
     sums = layout.N_GROUPS * manifest.n_layers * manifest.d_model * 8
     return 3 * manifest.window * of_token + threads * (2 * shard + 24 * SLAB) + 5 * sums

@@ -62,7 +62,8 @@ class CacheWriter:
         self.folder, self.manifest, self.rank, self.max_tokens = folder, manifest, rank, max_tokens
         self.bytes_written = 0
         """Bytes of the files that this process committed."""
-        self._committed_here = 0
+        self.committed_here = 0
+        """Tokens that this process committed."""
         self._failed = False
         claim_folder(folder, manifest)
         self._journal_fd = lock(folder / layout.log_name(layout.JOURNAL, rank))
@@ -88,6 +89,7 @@ class CacheWriter:
         self._quantisers = ThreadPoolExecutor(threads, "clt-quantise")
         self._committer = ThreadPoolExecutor(1, "clt-commit")
         self._commits: list[Future[None]] = []
+        self._free: list[Window] = []
 
     def __enter__(self) -> "CacheWriter":
         return self
@@ -113,11 +115,6 @@ class CacheWriter:
     def added(self, split: str) -> int:
         """Tokens taken in, committed or not (of this rank)."""
         return self._streams[split].added
-
-    @property
-    def committed_here(self) -> int:
-        """Tokens that this process committed."""
-        return self._committed_here
 
     def to_skip(self, split: str) -> int:
         """Tokens from the cursor on that are committed already."""
@@ -151,7 +148,8 @@ class CacheWriter:
         if split == "train" and self.max_tokens is not None:
             length = min(length, start + max(0, self.max_tokens - stream.added))
         while start < length:
-            window = stream.filling = stream.filling or Window(self.manifest)
+            unused = self._free.pop() if not stream.filling and self._free else None
+            window = stream.filling = stream.filling or unused or Window(self.manifest)
             stop = min(length, start + window.room)
             piece = slice(start, stop)
             try:
@@ -259,9 +257,10 @@ class CacheWriter:
         )
         append(self._journal_fd, window_line(entry))
         self.bytes_written += sum(file.size for file in files.values())
-        self._committed_here += window.tokens
+        self.committed_here += window.tokens
         self._streams[split].committed += window.tokens
         self._documents.refresh()
+        self._free.append(window.clear())
 
     def _write_window(self, split: str, number: int, window: Window) -> Iterator[tuple[str, FileEntry]]:
         stream = self._streams[split]

@@ -73,7 +73,7 @@ def test_a_writer_holds_no_more_than_it_says(tmp_path: Path, precision: str) -> 
 def test_the_bound_is_the_sum_of_its_parts(precision: str, value: int) -> None:
     """The formula of FORMAT.md, number by number."""
     token = 4 * 2 * (1024 + 2 * 16) if precision == "int8" else 4 * 2 * 2 * 1024
-    windows = 3 * 4096 * (token + 36 * 4 + 18)
+    windows = 3 * 4096 * (token + 32 * 4 + 18)
     assert 24 * SLAB == 1.5 * 2**20
     threads = THREADS * (2 * 4096 * 1024 * value + 24 * SLAB)
     assert memory(manifest(precision), THREADS) == windows + threads + 5 * 64 * 4 * 1024
