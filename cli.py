@@ -228,6 +228,12 @@ def train_command(
     ] = None,
     kinds: Annotated[str, typer.Option(help="kinds of tokens that count")] = ",".join(KINDS),
     exclude: Annotated[str | None, typer.Option(help="kinds that do not count, and sink: bos,sink")] = None,
+    exclude_token_ids: Annotated[
+        str | None, typer.Option(help="ids of the vocabulary that do not count: 0,2")
+    ] = None,
+    keep_kind: Annotated[
+        str | None, typer.Option(help="train on this share of a kind's tokens only: image=0.25")
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help="of weights: float32, bfloat16 (rounded stochastically) or float64")
     ] = "float32",
@@ -263,6 +269,7 @@ def train_command(
     rest = set(given) - {*structure, "structure", "run_name", "out", "resume", "as_json"}
     settings: dict[str, Any] = {name: given[name] for name in rest}
     settings |= {"caches": tuple(caches), "kinds": _names(kinds), "exclude": _names(exclude)}
+    settings |= {"exclude_token_ids": _ids(exclude_token_ids), "keep_kind": _shares(keep_kind)}
     transcoder = TranscoderConfig(**{name: given[name] for name in structure})
     config = TrainConfig(run=out or Path("checkpoints") / run_name, transcoder=transcoder, **settings)
     from .train.loop import train
@@ -383,6 +390,24 @@ def _k(text: str | None) -> int | tuple[int, ...] | None:
             f"--k: expected a number, or one for each layer as in 16,16,32, found {text!r}"
         ) from None
     return (numbers[0] if len(numbers) == 1 else numbers) if numbers else None
+
+
+def _ids(text: str | None) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in _names(text))
+    except ValueError:
+        raise ValueError(f"--exclude-token-ids: expected numbers, as in 0,2, found {text!r}") from None
+
+
+def _shares(text: str | None) -> tuple[tuple[str, float], ...]:
+    """`image=0.25,template=0.5`."""
+    try:
+        pairs = [part.partition("=") for part in _names(text)]
+        return tuple((kind, float(share)) for kind, _, share in pairs)
+    except ValueError:
+        raise ValueError(
+            f"--keep-kind: expected kinds with shares, as in image=0.25, found {text!r}"
+        ) from None
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -56,20 +56,26 @@ class Statistics:
 
 
 @np.errstate(invalid="ignore", over="ignore")  # NaN and infinity are told in the moments, not warned of
-def summarise(sums: SiteSums, count: npt.NDArray[np.int64], groups: npt.NDArray[np.bool_]) -> Statistics:
-    """Moments over the tokens whose group is chosen; all zero where there is none."""
-    tokens = int(count[groups].sum())
-    n = max(tokens, 1)
-    mean = sums.sum[groups].sum(axis=0) / n
-    square = sums.square[groups].sum(axis=0) / n
+def summarise(
+    sums: SiteSums, count: npt.NDArray[np.int64], groups: npt.NDArray[np.bool_] | Doubles
+) -> Statistics:
+    """Moments over the tokens whose group is chosen; all zero where there is none.
+
+    groups: (group,) whether it is chosen, or the share of it that is, as if it were a random one.
+    """
+    share = groups.astype(np.float64)
+    tokens = round(float((count * share).sum()))
+    n = max(float((count * share).sum()), 1)
+    mean = np.tensordot(share, sums.sum, 1) / n
+    square = np.tensordot(share, sums.square, 1) / n
     variance = np.maximum(square - np.einsum("lc,lc->l", mean, mean), 0)
-    noise = sums.noise[groups].sum(axis=0) / n
+    noise = np.tensordot(share, sums.noise, 1) / n
     return Statistics(
         tokens=tokens,
         mean=mean,
         variance=variance,
         rms=np.sqrt(square / mean.shape[1]),
-        absmax=sums.absmax[groups].max(axis=0, initial=0.0),
+        absmax=sums.absmax[share > 0].max(axis=0, initial=0.0),
         noise_fvu=np.divide(noise, variance, out=np.zeros_like(noise), where=variance > 0),
     )
 

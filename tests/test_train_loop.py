@@ -26,7 +26,8 @@ from clt.train.metrics import DeadLatents, FiringCounts
 from clt.train.optimizer import Optimizer, learning_rate
 from clt.train.plan import plan
 from clt.train.run_folder import load_config
-from clt.train.source import Selection, Source
+from clt.train.selection import Selection
+from clt.train.source import Source
 
 
 @pytest.fixture(scope="module")

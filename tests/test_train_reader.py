@@ -17,7 +17,8 @@ from planted import write_planted
 
 from clt.cache_format import CacheError
 from clt.train.reader import Batch, Reader
-from clt.train.source import Selection, Source
+from clt.train.selection import Selection
+from clt.train.source import Source
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from clt.cli import main
 from clt.train.announcement import sink_warning
 from clt.train.loop import train
 from clt.train.report import render_training
-from clt.train.source import Selection, Source
+from clt.train.selection import Selection
+from clt.train.source import Source
 
 
 @pytest.fixture(scope="module")

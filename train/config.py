@@ -134,6 +134,10 @@ class TrainConfig:
     """Kinds of tokens that count."""
     exclude: tuple[str, ...] = ()
     """Kinds that do not count, and `sink`."""
+    exclude_token_ids: tuple[int, ...] = ()
+    """Ids of the vocabulary whose tokens do not count."""
+    keep_kind: tuple[tuple[str, float], ...] = ()
+    """(kind, share): of its tokens only that share is trained on; held-out tokens all count."""
     dtype: str = "float32"
     """Of weights and arithmetic. bfloat16: encoder and decoder matrices are kept in it, rounded
     stochastically when updated; biases, skips, the optimiser's state and arithmetic stay in float32."""
@@ -171,6 +175,10 @@ class TrainConfig:
             _one_of("kinds", kind, KINDS)
         for kind in self.exclude:
             _one_of("exclude", kind, EXCLUDABLE)
+        for kind, share in self.keep_kind:
+            _one_of("keep-kind", kind, KINDS)
+            if not 0 < share <= 1:
+                raise ValueError(f"--keep-kind: expected a share above 0 and at most 1, found {kind}={share}")
         for name in ("batch_tokens", "grad_acc_steps", "save_every", "keep", "log_every", "buffer_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -210,7 +218,8 @@ class TrainConfig:
 
 def config_from_json(data: dict[str, Any]) -> TrainConfig:
     """The config of a run's config.json; raises TypeError on fields that this version does not know."""
-    lists = {name: tuple(data[name]) for name in ("kinds", "exclude")}
+    lists = {name: tuple(data[name]) for name in ("kinds", "exclude", "exclude_token_ids")}
+    lists["keep_kind"] = tuple((kind, share) for kind, share in data["keep_kind"])
     caches = tuple(Path(c) for c in data["caches"])
     k = data["transcoder"]["k"]
     transcoder = TranscoderConfig(**{**data["transcoder"], "k": tuple(k) if isinstance(k, list) else k})

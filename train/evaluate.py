@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..cache_format.layout import KINDS
 from .reader import Batch, read_in_order
-from .source import Selection, Source, default_threads, has_variance
+from .selection import Selection
+from .source import Source, default_threads, has_variance
 from .transcoder import CrossLayerTranscoder
 
 Doubles = npt.NDArray[np.float64]

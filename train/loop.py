@@ -30,7 +30,8 @@ from .report_page import write_page
 from .run_folder import begin_run
 from .run_log import RunLog
 from .run_report import Place, report_run
-from .source import NoTokensError, Selection, Source
+from .selection import Selection
+from .source import NoTokensError, Source
 from .step import train_step
 from .transcoder import CrossLayerTranscoder, new_transcoder
 from .wandb_run import require_wandb
@@ -190,9 +191,9 @@ def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None
         raise ValueError(f"{config.run} was imported and has no cache of its own; name one with --cache")
     held = open_cache(paths[0], io=config.io, check=False).manifest.layers
     layers = parse_layers(config.layers, held)
-    return Source(
-        paths, split, layers=layers, selection=Selection(config.kinds, config.exclude), io=config.io
-    )
+    share = config.keep_kind if split == "train" else ()
+    selection = Selection(config.kinds, config.exclude, config.exclude_token_ids, share, config.seed)
+    return Source(paths, split, layers=layers, selection=selection, io=config.io)
 
 
 def _one_step(run: _Run, progress: Progress) -> float:

@@ -13,7 +13,8 @@ from ..cache_format.layout import KINDS
 from .curves import Curves, Doubles
 from .order import measured_partners
 from .reader import Batch
-from .source import Selection, Source, has_variance
+from .selection import Selection
+from .source import Source, has_variance
 from .step import StepResult
 from .transcoder import CrossLayerTranscoder
 

@@ -29,7 +29,7 @@ from .source import Rows, Source, default_threads
 _SAME = {
     "fingerprint": "give it the same caches in the same order, not harvested further since",
     "split": "read the same split",
-    "selection": "give it the same --kinds and --exclude",
+    "selection": "give it the same --kinds, --exclude, --exclude-token-ids, --keep-kind and --seed",
     "seed": "give it the same --seed",
     "buffer_tokens": "give it the same --buffer-tokens",
     "order": "read in the same order",
@@ -170,7 +170,7 @@ class Reader:
         return {
             "fingerprint": self.source.fingerprint,
             "split": self.source.split,
-            "selection": [list(part) for part in self.source.selection],
+            "selection": self.source.selection.to_json(),
             "seed": self.order.seed,
             "buffer_tokens": self.order.buffer_tokens,
             "order": self.order.name,

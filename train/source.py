@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from ..cache_format.layout import CHUNK, KINDS, SITES, window_files
 from ..cache_format.shard import OPEN_SHARDS
 from ..cache_format.statistics import SiteSums, Statistics, group_mask, summarise
 from .order import Ints
+from .selection import Selection
 
 SAME = 1e-6
 """Tokens whose variance is below this share of the whole's are one vector and its rounding."""
@@ -30,23 +32,6 @@ FETCHERS = 8
 
 class NoTokensError(CacheError):
     """A split holds no token, or none that counts."""
-
-
-class Selection(NamedTuple):
-    """Tokens that count."""
-
-    kinds: tuple[str, ...] = KINDS
-    exclude: tuple[str, ...] = ()
-    """Kinds, and "sink"."""
-
-    @property
-    def kept_kinds(self) -> list[str]:
-        return [kind for kind in self.kinds if kind not in self.exclude]
-
-    @property
-    def sinks(self) -> bool | None:
-        """As `group_mask` wants it: False leaves sinks out, None takes both."""
-        return False if "sink" in self.exclude else None
 
 
 class Rows(NamedTuple):
@@ -113,11 +98,9 @@ class Source:
         self.kind = np.concatenate([s.token_column("kind") for s in self._splits])
         self.sink = np.concatenate([s.token_column("sink") for s in self._splits]).view(bool)
         self.sample = self._distinct_samples()
-        kept = np.isin(np.arange(256), [KINDS.index(kind) for kind in self.selection.kept_kinds])
+        ids = [s.token_column("token_id") for s in self._splits if self.selection.exclude_token_ids]
         # (token,): counts
-        self.chosen = kept[self.kind]  # a table: isin of the column itself would take ten times its memory
-        if self.selection.sinks is False:
-            self.chosen &= ~self.sink
+        self.chosen = self.selection.chosen(self.kind, self.sink, np.concatenate(ids) if ids else None)
         if not self.chosen.any():
             raise NoTokensError(f"no token of split {split} is of the kinds {self.selection.kept_kinds}")
 
@@ -212,9 +195,13 @@ class Source:
         return 15 * len(self.kind) + sum(len(entry.files) for entry in windows) * _FILE_BYTES + indexes
 
     def statistics(self, site: str, selection: Selection | None = None) -> Statistics:
-        """Moments of one site over the tokens that count, of the layers in use."""
+        """Moments of one site over the tokens that count, of the layers in use.
+
+        The cache has them by kind, sinks apart. Of a kind of which only a share counts, or some ids do not,
+        the moments are those of the whole kind, weighted by what is left of it.
+        """
         chosen = selection or self.selection
-        groups = group_mask(chosen.kept_kinds, chosen.sinks)
+        groups = group_mask(chosen.kept_kinds, chosen.sinks) * self._group_shares
         total, count = None, np.zeros(len(groups), np.int64)
         for split in self._splits:
             sums, n = split.sums
@@ -230,6 +217,15 @@ class Source:
             whole.tokens,
             *(getattr(whole, f)[pick] for f in ("mean", "variance", "rms", "absmax", "noise_fvu")),
         )
+
+    @cached_property
+    def _group_shares(self) -> npt.NDArray[np.float64]:
+        """(group,): share of it that counts."""
+        group = self.kind + len(KINDS) * self.sink.astype(np.uint8)
+        stored = np.bincount(group, minlength=2 * len(KINDS))
+        left = np.bincount(group, weights=self.chosen, minlength=2 * len(KINDS))
+        shares: npt.NDArray[np.float64] = left / np.maximum(stored, 1)
+        return shares
 
     def sink_shares(self) -> npt.NDArray[np.float64]:
         """(layer,): share that sinks have in the variance of mlp_out."""
