@@ -1,0 +1,1 @@
+"""The commands of `clt`, by what they are about; importing one imports nothing heavy."""
