@@ -7,7 +7,7 @@ from ..cache_format import Manifest, open_cache
 from ..cache_format.layout import SPLITS
 from .config import HarvestConfig
 from .feed import Feed
-from .model import LoadedModel
+from .model import LoadedProcessor
 from .rows import IndexedRows, Rows
 
 RESERVE = 1.05
@@ -16,7 +16,7 @@ PROBE = 64
 """Samples, random ones since harvest order is, from whose lengths that of a whole dataset is judged."""
 
 
-def check_disk(config: HarvestConfig, manifest: Manifest, rows: Rows, model: LoadedModel) -> None:
+def check_disk(config: HarvestConfig, manifest: Manifest, rows: Rows, model: LoadedProcessor) -> None:
     """ValueError where the disk cannot hold what all ranks together have still to store.
 
     With --tokens that is a bound; of a whole dataset it is judged from PROBE samples; of a stream, whose end
@@ -34,7 +34,7 @@ def check_disk(config: HarvestConfig, manifest: Manifest, rows: Rows, model: Loa
         )
 
 
-def expected_tokens(config: HarvestConfig, manifest: Manifest, rows: Rows, model: LoadedModel) -> int:
+def expected_tokens(config: HarvestConfig, manifest: Manifest, rows: Rows, model: LoadedProcessor) -> int:
     """Stored tokens of the whole cache, both splits."""
     if config.tokens is not None:
         return int(config.tokens / max(1e-9, 1 - config.val_fraction))

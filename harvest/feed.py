@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .config import HarvestConfig
-from .model import LoadedModel
+from .model import LoadedProcessor
 from .pictures import PictureSource, load_picture
 from .rows import BadSample, Numbered, Rows
 from .samples import Sample, is_val, parse_sample, sample_id
@@ -49,7 +49,7 @@ class Feed:
     """
 
     def __init__(
-        self, rows: Rows, model: LoadedModel, config: HarvestConfig, cursors: Mapping[str, int]
+        self, rows: Rows, model: LoadedProcessor, config: HarvestConfig, cursors: Mapping[str, int]
     ) -> None:
         self._rows, self._model, self._config, self._cursors = rows, model, config, cursors
         self._source = PictureSource(
@@ -98,12 +98,12 @@ class Feed:
         pictures = [load_picture(reference, self._source) for reference in sample.references]
         return replace(sample, pictures=pictures)
 
-    def _own_model(self) -> LoadedModel:
+    def _own_model(self) -> LoadedProcessor:
         if not hasattr(self._local, "model"):
             processor = copy.deepcopy(self._model.processor)
             tokenizer = getattr(processor, "tokenizer", processor)
             self._local.model = replace(self._model, processor=processor, tokenizer=tokenizer)
-        model: LoadedModel = self._local.model
+        model: LoadedProcessor = self._local.model
         return model
 
 

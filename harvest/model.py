@@ -2,6 +2,8 @@
 
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,20 +28,16 @@ NORM_NAMES = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedProcessor:
+    """What turns samples into a model's input; no weights."""
+
     name: str
-    body: nn.Module
-    """The model without its LM head; called with the processor's output."""
-    whole: Any
-    """The same with it; a harvest does not run it."""
     config: Any
     tokenizer: Any
     processor: Any
     """Same as the tokenizer for a language model."""
     image_token: int | None
     """Token id that stands for a picture; None for a language model."""
-    device: torch.device
-    weights_hash: str
 
     @property
     def text_config(self) -> Any:
@@ -54,6 +52,16 @@ class LoadedModel:
         return int(self.text_config.num_hidden_layers)
 
 
+@dataclass(frozen=True)
+class LoadedModel(LoadedProcessor):
+    body: nn.Module
+    """The model without its LM head; called with the processor's output."""
+    whole: Any
+    """The same with it; a harvest does not run it."""
+    device: torch.device
+    weights_hash: str
+
+
 class Hookpoints:
     """Paths, inside the body, of the modules to listen to; index = layer."""
 
@@ -63,40 +71,58 @@ class Hookpoints:
         """Set for input site resid_mid."""
 
 
-def load_model(config: HarvestConfig) -> LoadedModel:
-    """Load model and processor; ValueError, on one line, where that does not work."""
+def load_processor(config: HarvestConfig) -> LoadedProcessor:
+    """Load config, tokenizer and processor; ValueError, on one line, where that does not work."""
     if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
         raise ValueError(f"model {config.model!r}: expected a folder or a hub id, found no such folder")
     if not sys.stderr.isatty():
         disable_progress_bar()
-    common = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    with _loading(config):
+        model_config = AutoConfig.from_pretrained(config.model, **_origin(config))
+        sees = model_config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        loader = AutoProcessor if sees else AutoTokenizer
+        processor = loader.from_pretrained(config.model, **_origin(config))
+    return LoadedProcessor(
+        name=config.model,
+        config=model_config,
+        tokenizer=getattr(processor, "tokenizer", processor),
+        processor=processor,
+        image_token=_image_token(model_config) if sees else None,
+    )
+
+
+def load_model(config: HarvestConfig) -> LoadedModel:
+    """Load model and processor; ValueError, on one line, where that does not work."""
+    processor = load_processor(config)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
     attention = {"attn_implementation": config.attn} if config.attn else {}
+    loader = AutoModelForCausalLM if processor.image_token is None else AutoModelForImageTextToText
+    with _loading(config):
+        model = loader.from_pretrained(config.model, dtype=dtype, **attention, **_origin(config))
+    model.requires_grad_(False).eval().to(device)
+    return LoadedModel(
+        **vars(processor),
+        body=model.base_model if model.base_model is not model else model.model,
+        whole=model,
+        device=device,
+        weights_hash=hash_weights(model),
+    )
+
+
+def _origin(config: HarvestConfig) -> dict[str, Any]:
+    return {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+
+
+@contextmanager
+def _loading(config: HarvestConfig) -> Iterator[None]:
     try:
-        model_config = AutoConfig.from_pretrained(config.model, **common)
-        sees = model_config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        loader = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        processor = (AutoProcessor if sees else AutoTokenizer).from_pretrained(config.model, **common)
-        model = loader.from_pretrained(config.model, dtype=dtype, **attention, **common)
+        yield
     except (OSError, ValueError, KeyError, ImportError) as fault:
         reason = " ".join(str(fault).split())
         raise ValueError(
             f"model {config.model!r}: expected a hub id or a folder for transformers: {reason[:300]}"
         ) from fault
-    model.requires_grad_(False).eval().to(device)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    return LoadedModel(
-        name=config.model,
-        body=model.base_model if model.base_model is not model else model.model,
-        whole=model,
-        config=model_config,
-        tokenizer=tokenizer,
-        processor=processor,
-        image_token=_image_token(model_config) if sees else None,
-        device=device,
-        weights_hash=hash_weights(model),
-    )
 
 
 def find_hookpoints(model: LoadedModel, pattern: str | None, input_site: str) -> Hookpoints:

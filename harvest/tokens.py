@@ -12,7 +12,7 @@ from ..cache_format.layout import KINDS
 from ..cache_format.permutation import random_words
 from .config import HarvestConfig
 from .crop import seen_box
-from .model import LoadedModel
+from .model import LoadedProcessor
 from .rows import BadSample
 from .samples import Sample
 
@@ -40,7 +40,7 @@ class PreparedSample:
         return len(self.keep)
 
 
-def prepare(sample: Sample, number: int, model: LoadedModel, config: HarvestConfig) -> PreparedSample:
+def prepare(sample: Sample, number: int, model: LoadedProcessor, config: HarvestConfig) -> PreparedSample:
     """Tokenise, tell the kinds apart, cut to ctx-len, choose what is stored; BadSample with a reason."""
     if sample.turns:
         inputs, in_content = _tokenise_turns(sample, model)
@@ -78,7 +78,9 @@ def prepare(sample: Sample, number: int, model: LoadedModel, config: HarvestConf
     return PreparedSample(number, cut, keep, {name: column[keep] for name, column in full.items()}, line)
 
 
-def _tokenise_turns(sample: Sample, model: LoadedModel) -> tuple[dict[str, Tensor], npt.NDArray[np.bool_]]:
+def _tokenise_turns(
+    sample: Sample, model: LoadedProcessor
+) -> tuple[dict[str, Tensor], npt.NDArray[np.bool_]]:
     """The processor's output, and (token,) whether a token is content rather than the chat template's."""
     if model.tokenizer.chat_template is None and getattr(model.processor, "chat_template", None) is None:
         raise ValueError(
@@ -107,7 +109,7 @@ def _tokenise_turns(sample: Sample, model: LoadedModel) -> tuple[dict[str, Tenso
     return inputs, _carry_over(plain["input_ids"], content, ids, model.image_token)
 
 
-def render(sample: Sample, model: LoadedModel) -> str:
+def render(sample: Sample, model: LoadedProcessor) -> str:
     """The conversation as the model's chat template writes it, `<image>` standing for each picture."""
     as_parts = model.image_token is not None
     messages = [
@@ -152,7 +154,7 @@ def _carry_over(
 
 
 def _kinds(
-    ids: npt.NDArray[np.int64], in_content: npt.NDArray[np.bool_], model: LoadedModel
+    ids: npt.NDArray[np.int64], in_content: npt.NDArray[np.bool_], model: LoadedProcessor
 ) -> npt.NDArray[np.uint8]:
     kind = np.where(in_content, TEXT, TEMPLATE).astype(np.uint8)
     kind[np.isin(ids, model.tokenizer.all_special_ids)] = TEMPLATE
@@ -164,7 +166,7 @@ def _kinds(
 
 
 def _patches(
-    ids: npt.NDArray[np.int64], model: LoadedModel, n_pictures: int
+    ids: npt.NDArray[np.int64], model: LoadedProcessor, n_pictures: int
 ) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16], npt.NDArray[np.int16]]:
     """Row and column of each image token on its picture's square grid, and which picture; -1 elsewhere."""
     row, col, picture = np.full((3, len(ids)), -1, np.int16)
@@ -183,7 +185,7 @@ def _patches(
 
 def _describe_pictures(
     sample: Sample,
-    model: LoadedModel,
+    model: LoadedProcessor,
     row: npt.NDArray[np.int16],
     col: npt.NDArray[np.int16],
     picture: npt.NDArray[np.int16],
