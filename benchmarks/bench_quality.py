@@ -97,7 +97,7 @@ def reference(config: TrainConfig) -> Score:
     began, source = time.monotonic(), open_source(config, "train")
     model = new_transcoder(config.transcoder, source, torch.float32, config.seed)
     leaves, planned = Leaves(model), plan(config, source, model.shape.n_latents)
-    with Reader(source, buffer_tokens=config.buffer_tokens, seed=config.seed) as reader:
+    with Reader(source, buffer_tokens=config.buffer_tokens, seed=config.read_seed) as reader:
         for step in range(planned.steps):
             left = planned.tokens - step * config.batch_tokens
             dense_step(leaves, reader.next(min(config.batch_tokens, left)))

@@ -82,7 +82,8 @@ def train_command(
     buffer_tokens: Annotated[
         int, typer.Option(help="tokens decoded and shuffled together; two such buffers are held in memory")
     ] = 8192,
-    seed: Annotated[int, typer.Option(help="of reading order and weights")] = 0,
+    seed: Annotated[int, typer.Option(help="of weights and reading order")] = 0,
+    order_seed: Annotated[int | None, typer.Option(help="of the reading order [default: --seed]")] = None,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 1000,
     keep: Annotated[int, typer.Option(help="checkpoints that stay")] = 1,
     log_every: Annotated[int, typer.Option(help="steps between lines of metrics.jsonl")] = 1,

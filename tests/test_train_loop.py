@@ -152,11 +152,11 @@ from pathlib import Path
 import clt.train.loop as loop
 from clt.train.run_folder import load_config
 from clt.stopping import stop_on_signals
-one = loop._one_step
-def slow(*args):
+one = loop.Loop.take_step
+def slow(self):
     time.sleep(0.03)
-    return one(*args)
-loop._one_step = slow
+    one(self)
+loop.Loop.take_step = slow
 config = load_config(Path(sys.argv[1]))
 import shutil
 shutil.rmtree(sys.argv[1])

@@ -146,15 +146,15 @@ def stop_after(step: int, config: Any) -> None:
     """Train, and fail (as a kill would) once `step` steps are done."""
     import clt.train.loop as loop
 
-    one = loop._one_step
+    one = loop.Loop.take_step
 
-    def failing(run: Any, *rest: Any) -> float:
-        if run.step == step:
+    def failing(self: Any) -> None:
+        if self.step == step:
             raise KeyboardInterrupt
-        return one(run, *rest)
+        one(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_one_step", failing)
+        patch.setattr(loop.Loop, "take_step", failing)
         with pytest.raises(KeyboardInterrupt):
             train(config)
 

@@ -203,7 +203,7 @@ def test_state_of_another_cache_seed_or_buffer_is_refused(
     for source, buffer, seed, name, way_out in [
         (Source([caches(777, 128)], "train"), 128, 1, "fingerprint", "the same caches in the same order"),
         (here, 256, 1, "buffer_tokens", "the same --buffer-tokens"),
-        (here, 128, 2, "seed", "the same --seed"),
+        (here, 128, 2, "seed", "the same --order-seed"),
         (Source([both], "val"), 128, 1, "split", "the same split"),
         (Source([both], "train", selection=Selection(exclude=("bos",))), 128, 1, "selection", "--exclude"),
     ]:

@@ -149,14 +149,14 @@ def cut_short(config: TrainConfig, after: int) -> None:
     """Train until a stop is asked for after `after` steps."""
     import clt.train.loop as loop
 
-    one = loop._one_step
+    one = loop.Loop.take_step
 
-    def asking(run: Any, *rest: Any) -> float:
-        StopRequested.requested = run.step + 1 == after
-        return one(run, *rest)
+    def asking(self: Any) -> None:
+        StopRequested.requested = self.step + 1 == after
+        one(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_one_step", asking)
+        patch.setattr(loop.Loop, "take_step", asking)
         patch.setattr(StopRequested, "requested", False)
         with pytest.raises(StopRequested):
             train(config)

@@ -94,7 +94,7 @@ def find_thresholds(
     tokens = min(tokens, source.n_tokens)
     counts = [k * tokens for k in model.shape.layer_k]
     best = [torch.zeros(0) for _ in counts]
-    reading = Reader(source, buffer_tokens=config.buffer_tokens, seed=config.seed, threads=threads)
+    reading = Reader(source, buffer_tokens=config.buffer_tokens, seed=config.read_seed, threads=threads)
     with reading as reader, Progress("calibrate", total=tokens, unit="tok") as progress:
         for first in range(0, tokens, BATCH_TOKENS):
             batch = reader.next(min(BATCH_TOKENS, tokens - first))

@@ -152,7 +152,9 @@ class TrainConfig:
     order: str = "shuffled"
     """Or sequential: tokens as they lie on disk, to see what shuffling is worth. No option of `clt`."""
     seed: int = 0
-    """Of the reading order and of the weights."""
+    """Of the weights, and of the reading order."""
+    order_seed: int | None = None
+    """Of the reading order; None: `seed`."""
     save_every: int = 1000
     """Optimiser steps between checkpoints; the last step is always saved."""
     keep: int = 1
@@ -209,6 +211,11 @@ class TrainConfig:
     @property
     def step_tokens(self) -> int:
         return self.batch_tokens * self.grad_acc_steps
+
+    @property
+    def read_seed(self) -> int:
+        """Of the reading order."""
+        return self.seed if self.order_seed is None else self.order_seed
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)

@@ -12,6 +12,10 @@ class NotFiniteError(ValueError):
     """Says which layer's loss, gradient or weight is NaN or infinite."""
 
 
+class DivergedError(ValueError):
+    """Says of a run that it is given up for that, and what is left of it."""
+
+
 def require_finite_loss(fvu: Tensor, layers: Iterable[int]) -> None:
     """fvu: (layer,)"""
     bad = [layer for layer, fine in zip(layers, torch.isfinite(fvu).tolist(), strict=True) if not fine]

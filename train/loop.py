@@ -1,39 +1,23 @@
-"""`clt train`: cache in, run folder out."""
+"""`clt train`: cache in, run folder out. The loop reads each step's batches once, for one run or for many."""
 
-import math
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import torch
 
 from ..cache_format import open_cache
 from ..cache_format.layout import parse_layers
 from ..progress import Progress
 from ..stopping import StopRequested
 from .announcement import announce, sink_warning
-from .checkpoint import LATEST, TrainerState, checkpoint_folder, restore_training, save_checkpoint
+from .checkpoint import checkpoint_folder
 from .config import TrainConfig
 from .evaluate import Evaluation, evaluate
-from .finetune import start_from
-from .finite import NotFiniteError, require_finite_loss, require_finite_weights
-from .losses import Extras
-from .metrics import DeadLatents, FiringCounts
-from .optimizer import Optimizer, learning_rate
-from .origin import save_origin
-from .plan import annealed, plan
-from .reader import Batch, Reader
-from .report_page import write_page
-from .run_folder import begin_run
-from .run_log import RunLog
-from .run_report import Place, report_run
+from .finite import DivergedError
+from .reader import Reader
+from .run import Reading, Run, new_run, say, sizes_of_step
 from .selection import Selection
 from .source import NoTokensError, Source
-from .step import train_step
-from .transcoder import CrossLayerTranscoder, new_transcoder
 from .wandb_run import require_wandb
 
 
@@ -51,125 +35,49 @@ class TrainReport(NamedTuple):
     """As `Evaluation.to_json`; None where split val has no tokens"""
 
 
-class _Run:
-    """What the loop carries."""
-
-    def __init__(self, config: TrainConfig, source: Source, model: CrossLayerTranscoder) -> None:
-        self.config, self.source, self.model = config, source, model
-        self.plan = plan(config, source, model.shape.n_latents)
-        self.optimizer = Optimizer(model, config.optimizer, config.seed, config.max_grad_norm)
-        self.reader = Reader(
-            source,
-            buffer_tokens=config.buffer_tokens,
-            seed=config.seed,
-            threads=config.threads,
-            order=config.order,
-        )
-        self.dead = DeadLatents(model, self.plan.dead_after)
-        self.firing = FiringCounts(model, self.plan.dead_after)
-        self.step = self.tokens = 0
-        self.lr = self.plan.lr
-        self.log: RunLog
-        """Opened once it is clear which lines of a resumed run stay"""
-
-    def restore(self, folder: Path) -> None:
-        state = restore_training(folder, self.model, self.optimizer)
-        self.step, self.tokens, self.dead.since = state.step, state.tokens, state.tokens_since_fired
-        self.firing.restore(state.firing)
-        self.reader.restore(state.reader)
-
-    def write_line(self) -> None:
-        k = self.model.shape.layer_k and self.k(max(self.step - 1, 0))
-        self.log.write(self.step, self.tokens, self.lr, sum(k) / len(k) if k else None, self.dead)
-
-    def k(self, step: int) -> tuple[int, ...]:
-        """By layer, of one optimiser step 0, 1, ..."""
-        shape = self.model.shape
-        return tuple(annealed(k, step, self.config.k_anneal_steps, shape.n_latents) for k in shape.layer_k)
-
-    def extras(self) -> Extras:
-        """What the next step does beside FVU."""
-        config, dead = self.config, None
-        if config.auxk_alpha or config.dead_latent_penalty:
-            dead = (self.dead.since >= self.dead.after_tokens).to(self.model.inputs.mean.device)
-        return Extras(
-            sparsity=(config.sparsity_coeff or 0.0) * (self.step + 1) / self.plan.steps,
-            auxk=config.auxk_alpha,
-            dead_latents=config.dead_latent_penalty,
-            dead=dead,
-            k=self.k(self.step),
-        )
-
-    def save(self) -> Path:
-        """A checkpoint, and a line of metrics.jsonl before it, so that no line is about both sides of it."""
-        with _stops_where_not_finite(self):
-            require_finite_weights(self.model)
-        self.write_line()
-        state = TrainerState(
-            self.step, self.tokens, self.reader.state(), self.dead.since, self.firing.state()
-        )
-        folder = save_checkpoint(self.config.run, self.model, self.optimizer, state, self.config.keep)
-        self.write_report("Held-out numbers are measured when the run is complete.")
-        return folder
-
-    def write_report(self, held_out: Evaluation | str) -> None:
-        """report.html as of now; held_out: or why there is no evaluation."""
-        place = Place(self.step, self.plan.steps, self.tokens)
-        curves = self.log.curves
-        report = report_run(self.config, self.source, self.model, place, curves, self.firing, held_out)
-        write_page(self.config.run / "report.html", report)
-
-
 def train(config: TrainConfig, resume: bool = False) -> TrainReport:
     """Fit a transcoder; with `resume`, go on from the run's latest checkpoint."""
     if config.log_to_wandb:
         require_wandb()
     source = open_source(config, "train")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = getattr(torch, config.dtype)
-    model = new_transcoder(config.transcoder, source, dtype, config.seed).to(device)
-    if config.finetune and not (resume and (config.run / LATEST).exists()):
-        for note in start_from(model, config.finetune):
-            _say(note)
-    resume = begin_run(config, resume)
-    save_origin(config.run, source.manifest.source, source.manifest.seed)
-    run = _Run(config, source, model)
-    if resume:
-        run.restore(checkpoint_folder(config.run))
-    model.outputs.measure(source.statistics("mlp_out").variance)
-    _say(announce(config, source, model, run.plan, run.step))
+    run = new_run(config, source, resume)
+    state = run.begin(resume)
+    say(announce(config, source, run.model, run.plan, run.step))
     if warning := sink_warning(source):
-        _say(warning)
-    with run.reader, RunLog(config, source, model, run.step) as run.log:
-        began = time.monotonic()
-        fvu = _loop(run) if run.step < run.plan.steps else None
-        seconds = time.monotonic() - began
-        held_out = _held_out(run)
+        say(warning)
+    with new_reader(config, source) as reader, run:
+        if state is not None:
+            reader.restore(state)
+        seconds = Loop([run], reader).go()
+        held_out = held_out_numbers(run)
         run.write_report(held_out)
     found = None if isinstance(held_out, str) else held_out.to_json(source.layers)
-    return TrainReport(config.run, run.step, run.tokens, fvu, seconds, run.reader.waited / seconds, found)
+    return TrainReport(config.run, run.step, run.tokens, run.fvu, seconds, reader.waited / seconds, found)
 
 
-def _loop(run: _Run) -> float:
-    """Step until the plan is fulfilled or a signal asks to stop; saves in both cases. The last step's FVU."""
-    config, plan, fvu = run.config, run.plan, math.nan
-    with Progress("train", total=plan.tokens, unit="tok", done=run.tokens) as progress:
-        try:
-            while run.step < plan.steps:
-                fvu = _one_step(run, progress)
-                if run.step % config.log_every == 0:
-                    run.write_line()
-                if run.step % config.save_every == 0 and run.step < plan.steps:
-                    run.save()
-                StopRequested.check()
-        except StopRequested:
-            _say(f"stopped; {run.save()} is saved, go on with --resume")
-            raise
-    run.save()
-    return fvu
+def new_reader(config: TrainConfig, source: Source) -> Reader:
+    return Reader(
+        source,
+        buffer_tokens=config.buffer_tokens,
+        seed=config.read_seed,
+        threads=config.threads,
+        order=config.order,
+    )
 
 
-def _held_out(run: _Run) -> Evaluation | str:
+def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None = None) -> Source:
+    """The tokens of a split that the config chooses."""
+    paths = caches or config.caches
+    if not paths:
+        raise ValueError(f"{config.run} was imported and has no cache of its own; name one with --cache")
+    held = open_cache(paths[0], io=config.io, check=False).manifest.layers
+    layers = parse_layers(config.layers, held)
+    share = config.keep_kind if split == "train" else ()
+    selection = Selection(config.kinds, config.exclude, config.exclude_token_ids, share, config.read_seed)
+    return Source(paths, split, layers=layers, selection=selection, io=config.io)
+
+
+def held_out_numbers(run: Run) -> Evaluation | str:
     """The final transcoder on split val, or why there is none."""
     try:
         source = open_source(run.config, "val")
@@ -184,62 +92,82 @@ def _held_out(run: _Run) -> Evaluation | str:
         return evaluate(run.model, source, threads=run.config.threads, after_batch=after_batch)
 
 
-def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None = None) -> Source:
-    """The tokens of a split that the config chooses."""
-    paths = caches or config.caches
-    if not paths:
-        raise ValueError(f"{config.run} was imported and has no cache of its own; name one with --cache")
-    held = open_cache(paths[0], io=config.io, check=False).manifest.layers
-    layers = parse_layers(config.layers, held)
-    share = config.keep_kind if split == "train" else ()
-    selection = Selection(config.kinds, config.exclude, config.exclude_token_ids, share, config.seed)
-    return Source(paths, split, layers=layers, selection=selection, io=config.io)
+def _fail(run: Run, fault: DivergedError) -> None:
+    raise fault
 
 
-def _one_step(run: _Run, progress: Progress) -> float:
-    """Read, step, log; the step's mean FVU."""
-    config, plan = run.config, run.plan
-    began, waited = time.monotonic(), run.reader.waited
-    batches = _read(run)
-    run.lr = learning_rate(run.step, plan.lr, plan.warmup, plan.steps, config.lr_schedule)
-    run.optimizer.begin(run.step, run.lr)
-    with _stops_where_not_finite(run):
-        result = train_step(run.model, batches, run.optimizer.apply, config.fvu_variance, run.extras())
-        require_finite_loss(result.fvu, run.source.layers)
-    tokens = sum(len(batch) for batch in batches)
-    run.step, run.tokens = run.step + 1, run.tokens + tokens
-    run.dead.update(result.fired, tokens)
-    run.firing.update(result.fired, tokens)
-    seconds = time.monotonic() - began
-    fvu = float(result.fvu.mean())
-    norm = run.optimizer.grad_norm
-    run.log.add(result, batches, grad_norm=norm, seconds=seconds, waited=run.reader.waited - waited)
-    progress.add(tokens, f"step {run.step}/{plan.steps}, FVU {fvu:.3f}")
-    return fvu
+class Loop:
+    """Steps of runs that share everything which decides what tokens a step holds.
+
+    Runs that were killed between the saves of two of them stand at different steps: the loop begins at the
+    earliest, where the reader has to stand, and the others wait until it has come to them.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        reader: Reader,
+        on_divergence: Callable[[Run, DivergedError], None] = _fail,
+    ) -> None:
+        """on_divergence: told of a run that is given up; raises where the others are not to go on."""
+        self.runs, self.reader, self._on_divergence = list(runs), reader, on_divergence
+        self.config, self.plan = runs[0].config, runs[0].plan
+        self.step, self.tokens = min((run.step, run.tokens) for run in runs)
+
+    def go(self) -> float:
+        """Step until the plan is fulfilled or a signal asks to stop; saves in both cases. The seconds."""
+        began, plan = time.monotonic(), self.plan
+        if self.step >= plan.steps:
+            return max(time.monotonic() - began, 1e-9)
+        with Progress("train", total=plan.tokens, unit="tok", done=self.tokens) as progress:
+            try:
+                while self.step < plan.steps and self.runs:
+                    before = self.tokens
+                    self.take_step()
+                    progress.add(self.tokens - before, f"step {self.step}/{plan.steps}, {self._fvus()}")
+                    if self.step % self.config.save_every == 0 and self.step < plan.steps:
+                        self.save()
+                    StopRequested.check()
+            except StopRequested:
+                self.save()
+                latest = ", ".join(str(checkpoint_folder(run.config.run)) for run in self.runs)
+                say(f"stopped; {latest} is saved, go on with --resume")
+                raise
+            self.save()
+        return time.monotonic() - began
+
+    def take_step(self) -> None:
+        """Read the batches of one step, and let every run that stands before it take it."""
+        began, waited = time.monotonic(), self.reader.waited
+        left = self.plan.tokens - self.tokens
+        batches = [self.reader.next(size) for size in sizes_of_step(self.config, left)]
+        reading = Reading(time.monotonic() - began, self.reader.waited - waited)
+        for run in self._due():
+            self._attempt(run, lambda run=run: run.take_step(batches, reading))  # type: ignore[misc]
+        self.step, self.tokens = self.step + 1, self.tokens + sum(map(len, batches))
+
+    def save(self) -> None:
+        """Of every run that stands here; one that waits ahead was saved there."""
+        state = self.reader.state()
+        for run in self._due():
+            self._attempt(run, lambda run=run: run.save(state))  # type: ignore[misc]
+
+    def _due(self) -> list[Run]:
+        return [run for run in self.runs if run.step == self.step]
+
+    def _attempt(self, run: Run, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except DivergedError as fault:
+            self._on_divergence(run, fault)
+            self.runs.remove(run)
+
+    def _fvus(self) -> str:
+        known = [run.fvu for run in self.runs if run.fvu is not None]
+        if len(known) > MOST_SHOWN:
+            return f"FVU {min(known):.3f} to {max(known):.3f} of {len(known)} runs"
+        return f"FVU {' '.join(f'{fvu:.3f}' for fvu in known)}"
 
 
-@contextmanager
-def _stops_where_not_finite(run: _Run) -> Iterator[None]:
-    """Within, NaN or infinity ends the run with words on what is left of it."""
-    try:
-        yield
-    except NotFiniteError as fault:
-        latest = run.config.run / LATEST
-        kept = f"{latest.read_text()} is its last checkpoint" if latest.exists() else "there is no checkpoint"
-        raise ValueError(
-            f"step {run.step + 1}: {fault}. The run is stopped, {kept}; lower --lr, set --max-grad-norm, or "
-            "look at that layer with `clt info`"
-        ) from fault
-
-
-def _read(run: _Run) -> list[Batch]:
-    """The micro-batches of one step; the run's last step may be shorter."""
-    left = min(run.config.step_tokens, run.plan.tokens - run.tokens)
-    sizes = [run.config.batch_tokens] * (left // run.config.batch_tokens)
-    if left % run.config.batch_tokens:
-        sizes.append(left % run.config.batch_tokens)
-    return [run.reader.next(size) for size in sizes]
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+MOST_SHOWN = 8
+"""Runs whose FVU is beside the progress bar, in the runs' order."""

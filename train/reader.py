@@ -29,8 +29,8 @@ from .source import Rows, Source, default_threads
 _SAME = {
     "fingerprint": "give it the same caches in the same order, not harvested further since",
     "split": "read the same split",
-    "selection": "give it the same --kinds, --exclude, --exclude-token-ids, --keep-kind and --seed",
-    "seed": "give it the same --seed",
+    "selection": "give it the same --kinds, --exclude, --exclude-token-ids, --keep-kind and --order-seed",
+    "seed": "give it the same --order-seed, or --seed where there was none",
     "buffer_tokens": "give it the same --buffer-tokens",
     "order": "read in the same order",
 }

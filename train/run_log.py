@@ -1,7 +1,5 @@
 """What a run says of itself while it trains: metrics.jsonl, the same to W&B, and report.html."""
 
-from types import TracebackType
-
 from .config import TrainConfig
 from .metrics import DeadLatents, KindVariance, MetricsFile, StepAverages
 from .reader import Batch
@@ -53,12 +51,7 @@ class RunLog:
         if self._wandb is not None:
             self._wandb.write(line)
 
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self, failed: bool) -> None:
         self._file.close()
         if self._wandb is not None:
-            self._wandb.close(failed=kind is not None)
+            self._wandb.close(failed)

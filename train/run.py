@@ -1,0 +1,181 @@
+"""One run: a transcoder, its optimiser and its folder; given the batches of a step, it takes the step."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from .checkpoint import LATEST, TrainerState, checkpoint_folder, restore_training, save_checkpoint
+from .config import TrainConfig
+from .evaluate import Evaluation
+from .finetune import start_from
+from .finite import DivergedError, NotFiniteError, require_finite_loss, require_finite_weights
+from .losses import Extras
+from .metrics import DeadLatents, FiringCounts
+from .optimizer import Optimizer, learning_rate
+from .origin import save_origin
+from .plan import annealed, plan
+from .reader import Batch
+from .report_page import write_page
+from .run_folder import begin_run
+from .run_log import RunLog
+from .run_report import Place, report_run
+from .source import Source
+from .step import train_step
+from .transcoder import CrossLayerTranscoder, new_transcoder
+
+
+class Reading(NamedTuple):
+    """What it took to read the batches of a step."""
+
+    seconds: float
+    waited: float
+    """Of them, for the cache to be decoded"""
+
+
+class Run:
+    """Begun by `begin`; within its context it logs."""
+
+    def __init__(self, config: TrainConfig, source: Source, model: CrossLayerTranscoder) -> None:
+        self.config, self.source, self.model = config, source, model
+        self.plan = plan(config, source, model.shape.n_latents)
+        self.optimizer = Optimizer(model, config.optimizer, config.seed, config.max_grad_norm)
+        self.dead = DeadLatents(model, self.plan.dead_after)
+        self.firing = FiringCounts(model, self.plan.dead_after)
+        self.step = self.tokens = 0
+        self.lr = self.plan.lr
+        self.fvu: float | None = None
+        """Mean over layers, of the last step; None before the first one of this process."""
+        self.log: RunLog
+        """Opened once it is clear which lines of a resumed run stay"""
+
+    def begin(self, resume: bool) -> dict[str, Any] | None:
+        """Make the folder, or go on from its latest checkpoint: then, where the reader stood."""
+        state = None
+        resume = begin_run(self.config, resume)
+        save_origin(self.config.run, self.source.manifest.source, self.source.manifest.seed)
+        if resume:
+            state = self._restore()
+        self.model.outputs.measure(self.source.statistics("mlp_out").variance)
+        return state
+
+    def _restore(self) -> dict[str, Any]:
+        state = restore_training(checkpoint_folder(self.config.run), self.model, self.optimizer)
+        self.step, self.tokens, self.dead.since = state.step, state.tokens, state.tokens_since_fired
+        self.firing.restore(state.firing)
+        return state.reader
+
+    def __enter__(self) -> "Run":
+        self.log = RunLog(self.config, self.source, self.model, self.step)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.log.close(failed=kind is not None)
+
+    def take_step(self, batches: list[Batch], reading: Reading) -> None:
+        """One optimiser step; a line of metrics.jsonl where one is due.
+
+        Raises DivergedError where loss or gradients are not finite.
+        """
+        config, plan, began = self.config, self.plan, time.monotonic()
+        self.lr = learning_rate(self.step, plan.lr, plan.warmup, plan.steps, config.lr_schedule)
+        self.optimizer.begin(self.step, self.lr)
+        with self._stops_where_not_finite():
+            result = train_step(self.model, batches, self.optimizer.apply, config.fvu_variance, self.extras())
+            require_finite_loss(result.fvu, self.source.layers)
+        tokens = sum(len(batch) for batch in batches)
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        self.dead.update(result.fired, tokens)
+        self.firing.update(result.fired, tokens)
+        self.fvu = float(result.fvu.mean())
+        norm, seconds = self.optimizer.grad_norm, reading.seconds + time.monotonic() - began
+        self.log.add(result, batches, grad_norm=norm, seconds=seconds, waited=reading.waited)
+        if self.step % config.log_every == 0:
+            self.write_line()
+
+    def write_line(self) -> None:
+        k = self.model.shape.layer_k and self.k(max(self.step - 1, 0))
+        self.log.write(self.step, self.tokens, self.lr, sum(k) / len(k) if k else None, self.dead)
+
+    def k(self, step: int) -> tuple[int, ...]:
+        """By layer, of one optimiser step 0, 1, ..."""
+        shape = self.model.shape
+        return tuple(annealed(k, step, self.config.k_anneal_steps, shape.n_latents) for k in shape.layer_k)
+
+    def extras(self) -> Extras:
+        """What the next step does beside FVU."""
+        config, dead = self.config, None
+        if config.auxk_alpha or config.dead_latent_penalty:
+            dead = (self.dead.since >= self.dead.after_tokens).to(self.model.inputs.mean.device)
+        return Extras(
+            sparsity=(config.sparsity_coeff or 0.0) * (self.step + 1) / self.plan.steps,
+            auxk=config.auxk_alpha,
+            dead_latents=config.dead_latent_penalty,
+            dead=dead,
+            k=self.k(self.step),
+        )
+
+    def save(self, reader: dict[str, Any]) -> None:
+        """A checkpoint, and a line of metrics.jsonl before it, so that no line is about both sides of it.
+
+        reader: its state, from which the run goes on.
+        """
+        with self._stops_where_not_finite():
+            require_finite_weights(self.model)
+        self.write_line()
+        state = TrainerState(self.step, self.tokens, reader, self.dead.since, self.firing.state())
+        save_checkpoint(self.config.run, self.model, self.optimizer, state, self.config.keep)
+        self.write_report("Held-out numbers are measured when the run is complete.")
+
+    def write_report(self, held_out: Evaluation | str) -> None:
+        """report.html as of now; held_out: or why there is no evaluation."""
+        place = Place(self.step, self.plan.steps, self.tokens)
+        curves = self.log.curves
+        report = report_run(self.config, self.source, self.model, place, curves, self.firing, held_out)
+        write_page(self.config.run / "report.html", report)
+
+    @contextmanager
+    def _stops_where_not_finite(self) -> Iterator[None]:
+        """Within, NaN or infinity ends the run with words on what is left of it."""
+        try:
+            yield
+        except NotFiniteError as fault:
+            latest = self.config.run / LATEST
+            kept = (
+                f"{latest.read_text()} is its last checkpoint"
+                if latest.exists()
+                else "there is no checkpoint"
+            )
+            raise DivergedError(
+                f"step {self.step + 1}: {fault}. The run is stopped, {kept}; lower --lr, set "
+                "--max-grad-norm, or look at that layer with `clt info`"
+            ) from fault
+
+
+def new_run(config: TrainConfig, source: Source, resume: bool) -> Run:
+    """A run with fresh weights, or those that it is to start from; writes nothing."""
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = getattr(torch, config.dtype)
+    model = new_transcoder(config.transcoder, source, dtype, config.seed).to(device)
+    if config.finetune and not (resume and (config.run / LATEST).exists()):
+        for note in start_from(model, config.finetune):
+            say(note)
+    return Run(config, source, model)
+
+
+def sizes_of_step(config: TrainConfig, tokens_left: int) -> Sequence[int]:
+    """Tokens of each micro-batch of a step; the run's last step may be shorter."""
+    left = min(config.step_tokens, tokens_left)
+    whole, rest = divmod(left, config.batch_tokens)
+    return [config.batch_tokens] * whole + [rest] * (rest > 0)
+
+
+def say(text: str) -> None:
+    """To the user, beside the result."""
+    print(text, file=sys.stderr, flush=True)
