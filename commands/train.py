@@ -6,8 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from ..stopping import stop_on_signals
-from ..train.config import KINDS, TrainConfig, TranscoderConfig
+from ..train.config import KINDS, TrainConfig, config_of
+from ..train.sweep_file import read_sweep, sweep_configs
 from .answers import AsJson, Threads, answer, names
+
+NO_SETTINGS = ("run_name", "out", "sweep", "resume", "as_json")
+"""Options of `clt train` that are not part of a run's config."""
 
 
 def train_command(
@@ -91,33 +95,41 @@ def train_command(
         bool, typer.Option("--log-to-wandb", help="the same lines to Weights & Biases; needs the extra wandb")
     ] = False,
     finetune: Annotated[Path | None, typer.Option(help="start from this run's weights")] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="train many configurations from one read: a TOML file, docs/sweeps.md")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the run's latest checkpoint")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fit a cross-layer transcoder from caches; needs neither the model nor its libraries."""
-    structure = (
-        "activation",
-        "k",
-        "bandwidth",
-        "expansion_factor",
-        "latents",
-        "n_targets",
-        "tie",
-        "skip_connection",
-    )
-    given = {**locals(), "k": _k(k)}
-    rest = set(given) - {*structure, "structure", "run_name", "out", "resume", "as_json"}
-    settings: dict[str, Any] = {name: given[name] for name in rest}
-    settings |= {"caches": tuple(caches), "kinds": names(kinds), "exclude": names(exclude)}
-    settings |= {"exclude_token_ids": _ids(exclude_token_ids), "keep_kind": _shares(keep_kind)}
-    transcoder = TranscoderConfig(**{name: given[name] for name in structure})
-    config = TrainConfig(run=out or Path("checkpoints") / run_name, transcoder=transcoder, **settings)
+    options = {name: value for name, value in locals().items() if name not in NO_SETTINGS}
+    options |= {"caches": tuple(caches), "k": _k(k), "kinds": names(kinds), "exclude": names(exclude)}
+    options |= {"exclude_token_ids": _ids(exclude_token_ids), "keep_kind": _shares(keep_kind)}
+    folder = out or Path("checkpoints") / run_name
+    if sweep is None:
+        _train(config_of({**options, "run": folder}), resume, as_json)
+    else:
+        _sweep(options, sweep, folder, resume, as_json)
+
+
+def _train(config: TrainConfig, resume: bool, as_json: bool) -> None:
     from ..train.loop import train
     from ..train.report import render_training
 
     with stop_on_signals():
         report = train(config, resume)
     answer(as_json, {**report._asdict(), "run": str(report.run)}, render_training(report))
+
+
+def _sweep(options: dict[str, Any], path: Path, folder: Path, resume: bool, as_json: bool) -> None:
+    entries = read_sweep(path)
+    configs = sweep_configs(options, entries, folder)
+    from ..train.sweep import sweep
+    from ..train.sweep_report import render_sweep
+
+    with stop_on_signals():
+        report = sweep(folder, entries, configs, resume)
+    answer(as_json, report.to_json(), render_sweep(report))
 
 
 def calibrate_command(

@@ -1,12 +1,15 @@
 """What a run says before its first step, as text for a terminal."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from .config import TrainConfig, lr_rule
 from .order import perfect_partners, predicted_partners
 from .plan import Plan
+from .run import Run
 from .source import Source
 from .transcoder import CrossLayerTranscoder
 
@@ -19,13 +22,41 @@ def announce(config: TrainConfig, source: Source, model: CrossLayerTranscoder, p
     rows = {
         "cache": _cache(config, source),
         "clt": _transcoder(config, model),
-        "steps": f"{plan.steps} of {config.step_tokens} tokens; {plan.tokens} tokens, "
-        f"{plan.tokens / source.n_tokens:.2f} epochs",
+        "steps": _steps(config, source, plan),
         "lr": _learning_rate(config, plan),
         "shuffle": _shuffle(config, source),
-        "run": f"{config.run}" + (f", goes on after step {done}" if done else ""),
+        "run": f"{config.run}{_goes_on(done)}",
     }
     return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
+
+
+def announce_sweep(runs: Sequence[Run], source: Source, folder: Path) -> str:
+    """What is the same for all runs as `announce` has it, then three lines a run."""
+    config = runs[0].config
+    values = sum(run.model.shape.n_parameters for run in runs) / 1e6
+    rows = {
+        "cache": _cache(config, source),
+        "steps": _steps(config, source, runs[0].plan),
+        "shuffle": _shuffle(config, source),
+        "sweep": f"{folder}: {len(runs)} runs, {values:.1f} M parameters in all, one read of the cache",
+    }
+    lines = [f"{name:<8} {text}" for name, text in rows.items()]
+    for number, run in enumerate(runs, start=1):
+        lines += [
+            f"{f'run {number}':<8} {run.config.run.name}{_goes_on(run.step)}",
+            f"{'':<8} {_transcoder(run.config, run.model)}",
+            f"{'':<8} lr {_learning_rate(run.config, run.plan)}",
+        ]
+    return "\n".join(lines)
+
+
+def _steps(config: TrainConfig, source: Source, plan: Plan) -> str:
+    epochs = plan.tokens / source.n_tokens
+    return f"{plan.steps} of {config.step_tokens} tokens; {plan.tokens} tokens, {epochs:.2f} epochs"
+
+
+def _goes_on(done: int) -> str:
+    return f", goes on after step {done}" if done else ""
 
 
 def sink_warning(source: Source) -> str | None:

@@ -34,6 +34,14 @@ class Line(NamedTuple):
     high: Doubles | None = None
 
 
+class Dot(NamedTuple):
+    mark: str
+    """Text in the dot, a number say"""
+    name: str
+    x: float
+    y: float
+
+
 class Axis(NamedTuple):
     """Values to shares (0 to 1) of an axis."""
 
@@ -113,13 +121,51 @@ def line_chart(
     return _figure(ident, title, note, _legend(lines) + frame + "<output></output>"), data
 
 
+def scatter_chart(
+    ident: str,
+    title: str,
+    note: str,
+    dots: Sequence[Dot],
+    line: Sequence[tuple[float, float]],
+    axes: tuple[str, str],
+) -> str:
+    """Dots with their marks, and a line through the points (x, y) of `line`; axes: names of x and y.
+
+    Axes are logarithmic where all values are positive, and begin at the lowest.
+    """
+    if not dots:
+        return _figure(ident, title, note, '<p class="none">No numbers yet.</p>')
+    across, down = (np.array([dot[place] for dot in dots], np.float64) for place in (2, 3))
+    x, y = axis(across, log=True), axis(down, log=True)
+    marks = "".join(_dot(dot, x, y, axes) for dot in dots)
+    path = _path(Line("", *np.array(line, np.float64).T), x, y, "line l0") if len(line) > 1 else ""
+    label = f"{title}: " + ", ".join(f"{dot.name} {number(dot.x)}, {number(dot.y)}" for dot in dots)
+    frame = (
+        f'<div class="frame">{_y_labels(y)}<div class="plot dots">{_svg(_grid(y) + path, label)}{marks}</div>'
+        f'{_x_labels(x)}<div class="axes">{escape(axes[1])} ↑ &nbsp; {escape(axes[0])} →</div></div>'
+    )
+    return _figure(ident, title, note, frame)
+
+
+def _dot(dot: Dot, x: Axis, y: Axis, axes: tuple[str, str]) -> str:
+    """HTML, not SVG: that is stretched, and would make ellipses of them."""
+    place = f"left:{100 * float(x.place(dot.x)):.2f}%;top:{100 * (1 - float(y.place(dot.y))):.2f}%"
+    words = f"{escape(dot.name)}: {axes[0]} {number(dot.x)}, {axes[1]} {number(dot.y)}"
+    return (
+        f'<span class="dot" style="{place}" data-name="{escape(dot.name)}" data-x="{dot.x:.9g}" '
+        f'data-y="{dot.y:.9g}" title="{words}">{escape(dot.mark)}</span>'
+    )
+
+
 def small_charts(ident: str, title: str, note: str, lines: Sequence[Line]) -> str:
     """One small chart a line, all on the same axes."""
     lines = [line for line in lines if len(line.x)]
     if not lines:
         return _figure(ident, title, note, '<p class="none">No numbers yet.</p>')
     y = axis(np.concatenate([line.y for line in lines]))
-    x = axis(lines[0].x, log=False)._replace(last=float(lines[0].x[-1]))
+    x = axis(np.concatenate([line.x for line in lines]), log=False)._replace(
+        last=max(float(line.x[-1]) for line in lines)
+    )
     cells = "".join(
         f'<li data-name="{escape(line.name)}" data-value="{line.y[-1]:.6g}"><span>{escape(line.name)}</span> '
         f"<b>{number(line.y[-1])}</b>"

@@ -1,6 +1,6 @@
 """What a training run is told. Imports nothing heavy, so that `clt --help` stays quick."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +221,14 @@ class TrainConfig:
         data = asdict(self)
         finetune = None if self.finetune is None else str(self.finetune)
         return {**data, "caches": [str(c) for c in self.caches], "run": str(self.run), "finetune": finetune}
+
+
+def config_of(options: dict[str, Any]) -> TrainConfig:
+    """From options by name, those of the transcoder's structure among the others."""
+    structure = {field.name for field in fields(TranscoderConfig)}
+    transcoder = TranscoderConfig(**{name: options[name] for name in structure & options.keys()})
+    rest = {name: value for name, value in options.items() if name not in structure}
+    return TrainConfig(transcoder=transcoder, **rest)
 
 
 def config_from_json(data: dict[str, Any]) -> TrainConfig:

@@ -1,6 +1,6 @@
 """How well a transcoder does on held-out tokens, from the cache alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -61,7 +61,6 @@ class _Sums:
         self.tokens = 0
 
 
-@torch.no_grad()
 def evaluate(
     model: CrossLayerTranscoder,
     source: Source,
@@ -71,16 +70,36 @@ def evaluate(
     after_batch: Callable[[int], None] = lambda tokens: None,
 ) -> Evaluation:
     """One pass over the source's chosen tokens, in the order on disk; `after_batch` is told their number."""
-    sums = _Sums(model)
+    return evaluate_all([model], source, batch_tokens=batch_tokens, threads=threads, after_batch=after_batch)[
+        0
+    ]
+
+
+@torch.no_grad()
+def evaluate_all(
+    models: Sequence[CrossLayerTranscoder],
+    source: Source,
+    *,
+    batch_tokens: int = 2048,
+    threads: int | None = None,
+    after_batch: Callable[[int], None] = lambda tokens: None,
+) -> list[Evaluation]:
+    """As `evaluate`, of many transcoders on one device from one pass: each token is decoded once."""
+    sums = [_Sums(model) for model in models]
+    device = models[0].inputs.mean.device
     with ThreadPoolExecutor(threads or default_threads(), "clt-decode") as pool:
         for chunks in read_in_order(source, batch_tokens):
             place, token = source.tokens_of(chunks)
             if len(place):
                 rows = source.allocate(len(chunks))
                 source.fill(rows, chunks, pool)
-                _add(sums, model, Batch(rows.take(place, pool), token), source.kind[token])
+                batch = Batch(rows.take(place, pool), token)
+                if len(models) > 1:
+                    batch = batch.to(device)
+                for model, its_sums in zip(models, sums, strict=True):
+                    _add(its_sums, model, batch, source.kind[token])
                 after_batch(len(place))
-    return _summary(sums, source)
+    return [_summary(its_sums, source) for its_sums in sums]
 
 
 def _add(sums: _Sums, model: CrossLayerTranscoder, batch: Batch, kind: npt.NDArray[np.uint8]) -> None:

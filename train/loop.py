@@ -141,6 +141,8 @@ class Loop:
         began, waited = time.monotonic(), self.reader.waited
         left = self.plan.tokens - self.tokens
         batches = [self.reader.next(size) for size in sizes_of_step(self.config, left)]
+        if len(self.runs) > 1:
+            batches = [batch.to(self.runs[0].device) for batch in batches]
         reading = Reading(time.monotonic() - began, self.reader.waited - waited)
         for run in self._due():
             self._attempt(run, lambda run=run: run.take_step(batches, reading))  # type: ignore[misc]

@@ -36,6 +36,11 @@ def render_page(report: RunReport) -> str:
         "training": ("Training", training),
         "settings": ("Settings and cache", sections.settings(report)),
     }
+    return render_document(report.name, _header(report), parts, numbers)
+
+
+def render_document(name: str, head: str, parts: dict[str, tuple[str, str]], numbers: dict[str, Any]) -> str:
+    """A page of sections: parts are (title, HTML) by id; numbers are what the script reads out of charts."""
     style, script = (Path(__file__).with_name(f"report_page.{kind}").read_text() for kind in ("css", "js"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -47,10 +52,11 @@ def render_page(report: RunReport) -> str:
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(report.name)}, clt</title>"
+        f"<title>{escape(name)}, clt</title>"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-        f"<style>{style}</style></head><body>{_header(report, links)}<main>{body}</main>{_FOOTER}"
+        f"<style>{style}</style></head><body><header>{head}"
+        f'<nav aria-label="Sections">{links}</nav></header><main>{body}</main>{_FOOTER}'
         f'<script type="application/json" id="data">{embedded(numbers)}</script><script>{script}</script>'
         "</body></html>\n"
     )
@@ -64,7 +70,7 @@ _FOOTER = (
 )
 
 
-def _header(report: RunReport, links: str) -> str:
+def _header(report: RunReport) -> str:
     last, held, place = report.curves.last, report.held_out, report.place
     done = "complete" if place.step >= place.steps else f"stopped or saved at step {place.step:,}"
     lead = (
@@ -84,10 +90,7 @@ def _header(report: RunReport, links: str) -> str:
         f"<small>{small}</small></dd></div>"
         for name, (value, unit, small) in tiles.items()
     )
-    return (
-        f'<header><h1>{escape(report.name)}</h1><p class="lead">{escape(lead)}</p>'
-        f'<dl class="tiles">{cells}</dl><nav aria-label="Sections">{links}</nav></header>'
-    )
+    return f'<h1>{escape(report.name)}</h1><p class="lead">{escape(lead)}</p><dl class="tiles">{cells}</dl>'
 
 
 def _short(value: float, unit: str) -> str:

@@ -64,7 +64,7 @@ def fvu_curves(report: RunReport) -> tuple[str, dict[str, Any]]:
         "fvu-layer",
         "FVU by layer",
         "",
-        [_thin(_line(curves[f"fvu/{n}"], f"layer {n}")) for n in report.layers],
+        [thin(_line(curves[f"fvu/{n}"], f"layer {n}")) for n in report.layers],
     )
     text = f'<div class="grid3 tall">{"".join(text for text, _ in charts.values())}</div>{small}'
     return text, {ident: data for ident, (_, data) in charts.items()}
@@ -186,7 +186,7 @@ def _line(curve: Curve, name: str) -> Line:
     return Line(name, curve.step, curve.mean)
 
 
-def _thin(line: Line) -> Line:
+def thin(line: Line) -> Line:
     """Means of neighbours, but for the last point, which stays."""
     if len(line.x) <= SMALL_POINTS:
         return line

@@ -53,6 +53,10 @@ class Run:
         self.log: RunLog
         """Opened once it is clear which lines of a resumed run stay"""
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.inputs.mean.device
+
     def begin(self, resume: bool) -> dict[str, Any] | None:
         """Make the folder, or go on from its latest checkpoint: then, where the reader stood."""
         state = None

@@ -52,6 +52,8 @@ class RunLog:
             self._wandb.write(line)
 
     def close(self, failed: bool) -> None:
+        """The second time it does nothing."""
         self._file.close()
         if self._wandb is not None:
             self._wandb.close(failed)
+            self._wandb = None

@@ -56,6 +56,28 @@ def fact_table(facts: dict[str, Any], caption: str) -> str:
     return _scroll(table, caption)
 
 
+def plain_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], caption: str, links: dict[str, str]
+) -> str:
+    """Texts, the first of each row as its heading; those in `links` lead to an address."""
+
+    def cell(text: str) -> str:
+        shown = escape(text)
+        return f'<a href="{escape(links[text])}">{shown}</a>' if text in links else shown
+
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    body = "".join(
+        f'<tr><th scope="row">{cell(row[0])}</th>'
+        + "".join(f"<td>{cell(text)}</td>" for text in row[1:])
+        + "</tr>"
+        for row in rows
+    )
+    return _scroll(
+        f"<table><caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>",
+        caption,
+    )
+
+
 def number_table(
     values: npt.NDArray[np.float64], axes: tuple[str, str], names: tuple[list[str], list[str]], title: str
 ) -> str:
