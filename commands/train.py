@@ -33,6 +33,9 @@ def train_command(
     dead_latent_penalty: Annotated[
         float, typer.Option(help="weight of the loss that revives dead latents")
     ] = 0.0,
+    dead_after_tokens: Annotated[
+        int | None, typer.Option(help="not active for so long is dead [default: 10 million, or an epoch]")
+    ] = None,
     expansion_factor: Annotated[int, typer.Option(help="latents of a layer / d_model")] = 2,
     latents: Annotated[
         int | None, typer.Option(help="latents of a layer, instead of --expansion-factor")
@@ -81,6 +84,9 @@ def train_command(
         str, typer.Option(help="of weights: float32, bfloat16 (rounded stochastically) or float64")
     ] = "float32",
     device: Annotated[str | None, typer.Option(help="[default: cuda where there is one]")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="compile adam8's update; needs a C++ compiler, on a GPU Triton")
+    ] = False,
     io: Annotated[str, typer.Option(help="mmap, or pread for network file systems")] = "mmap",
     threads: Threads = None,
     buffer_tokens: Annotated[
@@ -90,6 +96,10 @@ def train_command(
     order_seed: Annotated[int | None, typer.Option(help="of the reading order [default: --seed]")] = None,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 1000,
     keep: Annotated[int, typer.Option(help="checkpoints that stay")] = 1,
+    save_best: Annotated[
+        bool,
+        typer.Option("--save-best", help="keep the checkpoint of the smallest held-out FVU too: RUN/best"),
+    ] = False,
     log_every: Annotated[int, typer.Option(help="steps between lines of metrics.jsonl")] = 1,
     log_to_wandb: Annotated[
         bool, typer.Option("--log-to-wandb", help="the same lines to Weights & Biases; needs the extra wandb")

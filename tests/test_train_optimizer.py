@@ -236,8 +236,8 @@ def test_clipping_is_by_the_norm_of_one_decoder_or_encoder() -> None:
     optimizer.begin(0, 0.0)
     large = {"W_dec": 3 * torch.ones_like(model.W_dec[0]), "b_dec": torch.ones_like(model.b_dec[0])}
     small = {"W_enc": torch.zeros_like(model.W_enc[0]), "b_enc": torch.full_like(model.b_enc[0], 0.1)}
-    optimizer.apply("decoder", 0, large)
-    optimizer.apply("encoder", 0, small)
+    optimizer.apply("decoder", 0, {name: grad.clone() for name, grad in large.items()})
+    optimizer.apply("encoder", 0, {name: grad.clone() for name, grad in small.items()})
     norm = math.sqrt(9 * model.W_dec[0].numel() + model.b_dec[0].numel())
     state = optimizer.state(0)
     torch.testing.assert_close(state["W_dec.average"], 0.05 * large["W_dec"] * 2 / norm)
@@ -315,3 +315,16 @@ def test_default_rates() -> None:
     assert at == pytest.approx(
         {"adam": 2e-4 * root, "adam8": 2e-4 * root, "signum": 5e-3 * root, "muon": 2e-3}
     )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's, about itself
+def test_compiled_adam8_is_the_same_step() -> None:
+    """Codes exactly and weights to rounding, for two lengths, by one kernel."""
+    for n in (700, 5000):
+        weight, grads = randn(n), [randn(n, seed=s) for s in range(1, 5)]
+        expected, whole = run_rule(Adam8(), weight, grads, 1e-2)
+        found, state = run_rule(Adam8(compiled=True), weight, grads, 1e-2)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        for name, tensor in whole.items():
+            torch.testing.assert_close(state[name].float(), tensor.float(), rtol=1e-6, atol=1)

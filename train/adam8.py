@@ -5,7 +5,7 @@ of a dynamic table: some bits of the code are a decimal exponent, the rest a lin
 and small values keep some digits. Moments are read, advanced and used in float32; what is kept is rounded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -16,6 +16,7 @@ from .adam import BETA1, BETA2, EPSILON, State, slab_size
 
 BLOCK = 256
 DECADES = 7
+STATE = ("exp_avg_code", "exp_avg_absmax", "exp_avg_sq_code", "exp_avg_sq_absmax")
 
 
 def dynamic_table(signed: bool) -> Tensor:
@@ -47,23 +48,32 @@ def quantise_blocks(values: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
 
     Unsigned: what is positive never becomes 0 (here alone this departs from bitsandbytes).
     """
+    return _quantise(values, _tables(signed, values.device)[1])
+
+
+def dequantise_blocks(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
+    """What `quantise_blocks` kept: float32 (n,)."""
+    return _dequantise(codes, absmax, _tables(signed, codes.device)[0])
+
+
+def _quantise(values: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     blocks = pad(values, (0, -len(values) % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1)
-    limits = _tables(signed, values.device)[1]
     shares = blocks / absmax.clamp(min=torch.finfo(values.dtype).tiny)[:, None]
     codes = torch.bucketize(shares, limits, out_int32=True).to(torch.uint8)
     return codes.view(-1)[: len(values)], absmax
 
 
-def dequantise_blocks(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
-    """What `quantise_blocks` kept: float32 (n,)."""
-    table = _tables(signed, codes.device)[0]
+def _dequantise(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
     shares = pad(table[codes.int()], (0, -len(codes) % BLOCK)).view(-1, BLOCK)
     return shares.mul_(absmax[:, None]).view(-1)[: len(codes)]
 
 
 class Adam8:
-    """For weights in float32 or bfloat16."""
+    """For weights in float32 or bfloat16. Compiled, the update is one pass over the values, not twenty."""
+
+    def __init__(self, compiled: bool = False) -> None:
+        self._advance = _compiled() if compiled else _advance
 
     def new_state(self, weight: Tensor) -> State:
         state = {}
@@ -85,17 +95,26 @@ class Adam8:
             )
 
     def update(self, weight: Tensor, grad: Tensor, state: State, lr: float, step: int) -> None:
-        first = dequantise_blocks(state["exp_avg_code"], state["exp_avg_absmax"], signed=True)
-        second = dequantise_blocks(state["exp_avg_sq_code"], state["exp_avg_sq_absmax"], signed=False)
-        first.lerp_(grad, 1 - BETA1)
-        second.mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
-        _keep(state, "exp_avg", first, signed=True)
-        _keep(state, "exp_avg_sq", second, signed=False)
-        denominator = second.sqrt_().div_((1 - BETA2**step) ** 0.5).add_(EPSILON)
-        weight.addcdiv_(first, denominator, value=-lr / (1 - BETA1**step))
+        rates = torch.tensor([-lr / (1 - BETA1**step), (1 - BETA2**step) ** 0.5], device=weight.device)
+        tables = [_tables(signed, weight.device) for signed in (True, False)]
+        self._advance(weight, grad, [state[name] for name in STATE], tables, rates)
 
 
-def _keep(state: State, name: str, moment: Tensor, signed: bool) -> None:
-    codes, absmax = quantise_blocks(moment, signed)
-    state[f"{name}_code"].copy_(codes)
-    state[f"{name}_absmax"].copy_(absmax)
+def _advance(
+    weight: Tensor, grad: Tensor, state: list[Tensor], tables: list[tuple[Tensor, Tensor]], rates: Tensor
+) -> None:
+    """One step in place; state: codes and absmax of both moments; rates: -lr and the root, bias corrected."""
+    (signed, signed_limits), (positive, positive_limits) = tables
+    first = _dequantise(state[0], state[1], signed).lerp_(grad, 1 - BETA1)
+    second = _dequantise(state[2], state[3], positive).mul_(BETA2).addcmul_(grad, grad, value=1 - BETA2)
+    kept = (*_quantise(first, signed_limits), *_quantise(second, positive_limits))
+    for place, values in zip(state, kept, strict=True):
+        place.copy_(values)
+    denominator = second.sqrt_().div_(rates[1]).add_(EPSILON)
+    weight.add_(first.mul_(rates[0]).div_(denominator))
+
+
+@cache
+def _compiled() -> Callable[..., None]:
+    """`_advance` as one kernel, for any length."""
+    return torch.compile(_advance, dynamic=True)

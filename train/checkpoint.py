@@ -7,7 +7,8 @@
       trainer.json, trainer.safetensors   step, tokens, place of the reader; when and how often latents fired
 
 A step folder appears whole, by a rename, and `latest` names it after that; it goes by a rename too. What else
-a kill may leave has a name that begins with a dot, and the next save removes it. No pickle.
+a kill may leave has a name that begins with a dot, and the next save removes it. No pickle. `best` names the
+checkpoint of the smallest held-out FVU, where that was measured, and that one stays.
 """
 
 import errno
@@ -29,7 +30,7 @@ from .optimizer import Optimizer
 from .shape import Shape
 from .transcoder import CrossLayerTranscoder, empty_transcoder
 
-LATEST = "latest"
+LATEST, BEST = "latest", "best"
 
 
 class TrainerState(NamedTuple):
@@ -41,17 +42,20 @@ class TrainerState(NamedTuple):
     """(layer, latent) int64"""
     firing: dict[str, Tensor]
     """State of `FiringCounts`"""
+    held_out_fvu: float | None = None
+    """Where it was measured"""
 
 
 def save_checkpoint(
     run: Path, model: CrossLayerTranscoder, optimizer: Optimizer, state: TrainerState, keep: int
 ) -> Path:
-    """Write one step folder; older ones beyond `keep` go once it is in place.
+    """Write one step folder; older ones beyond `keep` go once it is in place, but for the best one.
 
     Raises OSError, with all that was saved before as it was, when the disk is full.
     """
     target = run / f"step-{state.step:08d}"
     if (run / LATEST).exists() and checkpoint_folder(run) == target:
+        name_best(run)
         return target  # asked to stop right after a save
     for left in run.glob(".step-*"):
         shutil.rmtree(left)
@@ -67,11 +71,32 @@ def save_checkpoint(
     sync_folders([run])
     write_file(run / LATEST, target.name.encode())
     sync_folders([run])
-    steps = sorted(run.glob("step-*"))
-    older = [step for step in steps if step < target]
+    best, steps = name_best(run), sorted(run.glob("step-*"))
+    older = [step for step in steps if step < target and step != best]
     for old in [*older[: max(0, len(older) - keep + 1)], *(step for step in steps if step > target)]:
         _remove(old)
     return target
+
+
+def name_best(run: Path) -> Path | None:
+    """Let `best` name the step folder of the smallest held-out FVU; None where none was measured.
+
+    All that may be the best lie on the disk, so that a kill before this is made good by the next call.
+    """
+    latest = checkpoint_folder(run)
+    scores = {step: _trainer(step)["held_out_fvu"] for step in sorted(run.glob("step-*")) if step <= latest}
+    measured = [step for step, score in scores.items() if score is not None]
+    if not measured:
+        return None
+    best = min(measured, key=lambda step: scores[step])
+    write_file(run / BEST, best.name.encode())
+    sync_folders([run])
+    return best
+
+
+def _trainer(step: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((step / "trainer.json").read_text())
+    return data
 
 
 def _write_step(
@@ -87,6 +112,7 @@ def _write_step(
     latents = {"tokens_since_fired": state.tokens_since_fired, **state.firing}
     _write_tensors(partial / "trainer.safetensors", latents)
     trainer = {"step": state.step, "tokens": state.tokens, "reader": state.reader}
+    trainer["held_out_fvu"] = state.held_out_fvu
     (partial / "trainer.json").write_text(json.dumps(trainer))
     _sync_tree(partial)
 
@@ -134,19 +160,21 @@ def restore_training(folder: Path, model: CrossLayerTranscoder, optimizer: Optim
             for name, tensor in layer_tensors(model, place).items():
                 tensor.copy_(stored[name])
             optimizer.restore(place, load_file(folder / f"layers.{layer}" / "optimizer.safetensors"))
-    data = json.loads((folder / "trainer.json").read_text())
+    data = _trainer(folder)
     firing = load_file(folder / "trainer.safetensors")
     since = firing.pop("tokens_since_fired")
-    return TrainerState(data["step"], data["tokens"], data["reader"], since, firing)
+    return TrainerState(data["step"], data["tokens"], data["reader"], since, firing, data["held_out_fvu"])
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """The step folder that `path` (a run or a step folder) stands for."""
+    """The step folder that `path` (a run, its file `latest` or `best`, or a step folder) stands for."""
+    if path.name in (LATEST, BEST) and path.is_file():
+        return path.parent / path.read_text().strip()
     if (path / "shape.json").exists():
         return path
     if not (path / LATEST).exists():
         raise ValueError(f"{path} holds no checkpoint; expected a run folder with a file `{LATEST}`")
-    return path / (path / LATEST).read_text().strip()
+    return checkpoint_folder(path / LATEST)
 
 
 def layer_tensors(model: CrossLayerTranscoder, place: int) -> dict[str, Tensor]:

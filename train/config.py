@@ -30,6 +30,11 @@ DEFAULT_LR = {
 OPTIMIZERS = tuple(DEFAULT_LR)
 DEFAULT_WARMUP_STEPS = 1000
 DEAD_AFTER_TOKENS = 10_000_000
+AT_LEAST_ONE = (
+    *("batch_tokens", "grad_acc_steps", "steps", "tokens", "dead_after_tokens"),
+    *("save_every", "keep", "log_every", "buffer_tokens"),
+)
+NOT_NEGATIVE = ("sparsity_coeff", "auxk_alpha", "dead_latent_penalty", "k_anneal_steps", "lr_warmup_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +112,8 @@ class TrainConfig:
     """Weight of AuxK, which lets dead latents rebuild the residual; 1/32 is usual."""
     dead_latent_penalty: float = 0.0
     """Weight of the loss that raises the pre-activations of dead latents; 3e-6 in the recipe."""
+    dead_after_tokens: int | None = None
+    """A latent that was not positive for so many tokens is dead; None: 10 million, or an epoch if less."""
     k_anneal_steps: int = 0
     """Optimiser steps in which k falls linearly from ten times its value."""
     batch_tokens: int = 4096
@@ -143,6 +150,9 @@ class TrainConfig:
     stochastically when updated; biases, skips, the optimiser's state and arithmetic stay in float32."""
     device: str | None = None
     """None: cuda where there is one, else cpu."""
+    compile: bool = False
+    """Compile what adam8 does with a weight; the first step takes a minute longer. Of no use to other
+    optimisers: theirs are single kernels."""
     io: str = "mmap"
     """mmap, or pread for network file systems."""
     threads: int | None = None
@@ -159,6 +169,8 @@ class TrainConfig:
     """Optimiser steps between checkpoints; the last step is always saved."""
     keep: int = 1
     """Checkpoints that stay."""
+    save_best: bool = False
+    """Measure held-out FVU at each checkpoint; `best` names the one of the smallest, which stays too."""
     log_every: int = 1
     """Optimiser steps between lines of metrics.jsonl."""
     log_to_wandb: bool = False
@@ -181,14 +193,16 @@ class TrainConfig:
             _one_of("keep-kind", kind, KINDS)
             if not 0 < share <= 1:
                 raise ValueError(f"--keep-kind: expected a share above 0 and at most 1, found {kind}={share}")
-        for name in ("batch_tokens", "grad_acc_steps", "save_every", "keep", "log_every", "buffer_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"--{name.replace('_', '-')}: expected at least 1, found {getattr(self, name)}"
-                )
+        for name in AT_LEAST_ONE:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
         for name in ("epochs", "lr", "max_grad_norm"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
+        if self.compile and self.optimizer != "adam8":
+            raise ValueError(
+                f"--compile is for --optimizer adam8; found {self.optimizer}, which would gain nothing"
+            )
         if self.optimizer == "adam8" and self.dtype == "float64":
             raise ValueError(
                 "--optimizer adam8 keeps its state in 8 bits: expected --dtype float32 or bfloat16"
@@ -203,7 +217,7 @@ class TrainConfig:
             raise ValueError(f"--sparsity-coeff: {name} is sparse by --k; expected none, or relu or jumprelu")
         if self.k_anneal_steps and name not in ("topk", "batchtopk"):
             raise ValueError(f"--k-anneal-steps: expected --activation topk or batchtopk, found {name}")
-        for option in ("sparsity_coeff", "auxk_alpha", "dead_latent_penalty", "k_anneal_steps"):
+        for option in NOT_NEGATIVE:
             if (getattr(self, option) or 0) < 0:
                 found = getattr(self, option)
                 raise ValueError(f"--{option.replace('_', '-')}: expected at least 0, found {found}")

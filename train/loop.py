@@ -40,6 +40,8 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
     if config.log_to_wandb:
         require_wandb()
     source = open_source(config, "train")
+    if config.save_best:
+        _require_held_out(config)
     run = new_run(config, source, resume)
     state = run.begin(resume)
     say(announce(config, source, run.model, run.plan, run.step))
@@ -92,6 +94,21 @@ def held_out_numbers(run: Run) -> Evaluation | str:
         return evaluate(run.model, source, threads=run.config.threads, after_batch=after_batch)
 
 
+def held_out_fvu(run: Run) -> float:
+    """Mean over layers, on split val, which has tokens."""
+    found = held_out_numbers(run)
+    assert isinstance(found, Evaluation)
+    say(f"step {run.step}: held-out FVU {found.fvu.mean():.4f}")
+    return float(found.fvu.mean())
+
+
+def _require_held_out(config: TrainConfig) -> None:
+    try:
+        open_source(config, "val")
+    except NoTokensError as missing:
+        raise ValueError(f"--save-best: expected held-out tokens; {missing}") from missing
+
+
 def _fail(run: Run, fault: DivergedError) -> None:
     raise fault
 
@@ -129,7 +146,7 @@ class Loop:
                         self.save()
                     StopRequested.check()
             except StopRequested:
-                self.save()
+                self.save(measure=False)
                 latest = ", ".join(str(checkpoint_folder(run.config.run)) for run in self.runs)
                 say(f"stopped; {latest} is saved, go on with --resume")
                 raise
@@ -148,11 +165,12 @@ class Loop:
             self._attempt(run, lambda run=run: run.take_step(batches, reading))  # type: ignore[misc]
         self.step, self.tokens = self.step + 1, self.tokens + sum(map(len, batches))
 
-    def save(self) -> None:
-        """Of every run that stands here; one that waits ahead was saved there."""
+    def save(self, measure: bool = True) -> None:
+        """Of every run that stands here; one that waits ahead was saved there. measure: held-out FVU too."""
         state = self.reader.state()
+        fvu = held_out_fvu if self.config.save_best and measure else None
         for run in self._due():
-            self._attempt(run, lambda run=run: run.save(state))  # type: ignore[misc]
+            self._attempt(run, lambda run=run: run.save(state, fvu))  # type: ignore[misc]
 
     def _due(self) -> list[Run]:
         return [run for run in self.runs if run.step == self.step]

@@ -33,10 +33,10 @@ class Rule(Protocol):
         """Change a piece and its state in place; step 1 is the first. weight, grad: float32 or float64."""
 
 
-def rule_for(optimizer: str, weight: Tensor) -> Rule:
-    """What `--optimizer` does with a tensor of this shape."""
+def rule_for(optimizer: str, weight: Tensor, compiled: bool = False) -> Rule:
+    """What `--optimizer` does with a tensor of this shape; compiled: where that is faster, for adam8."""
     if optimizer == "adam8" and weight.numel() >= SMALL:
-        return Adam8()
+        return Adam8(compiled)
     if optimizer == "muon" and weight.ndim >= 2:
         return Muon()
     if optimizer == "signum":
@@ -48,9 +48,15 @@ class Optimizer:
     """State of every parameter of a transcoder, by name and layer."""
 
     def __init__(
-        self, model: CrossLayerTranscoder, name: str, seed: int = 0, max_grad_norm: float | None = None
+        self,
+        model: CrossLayerTranscoder,
+        name: str,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
+        compiled: bool = False,
     ) -> None:
         self._model, self._name, self._seed, self._max_grad_norm = model, name, seed, max_grad_norm
+        self._compiled = compiled
         self._states: dict[tuple[str, int], State] = {}
         self._step, self._lr = 0, 0.0
         self._square_norms: list[Tensor] = []
@@ -65,7 +71,7 @@ class Optimizer:
         return float(torch.stack(self._square_norms).sum().sqrt())
 
     def apply(self, side: str, layer: int, grads: dict[str, Tensor]) -> None:
-        """Update one layer's parameters, W_dec[layer] and so on, with their final gradients.
+        """Update one layer's parameters, W_dec[layer] and so on, with their final gradients, scaled in place.
 
         Raises NotFiniteError, and changes nothing, where a gradient is not finite. Gradients whose norm is
         above `max_grad_norm` are scaled down: the norm of these gradients, one decoder's or one encoder's,
@@ -81,11 +87,11 @@ class Optimizer:
         if self._max_grad_norm is not None:
             scale = min(1.0, self._max_grad_norm / max(float(square) ** 0.5, 1e-30))
         for name, grad in grads.items():
-            self._update(name, layer, grad if scale == 1.0 else grad * scale)
+            self._update(name, layer, grad if scale == 1.0 else grad.mul_(scale))
 
     def _update(self, name: str, layer: int, grad: Tensor) -> None:
         weight = getattr(self._model, name)[layer].data
-        rule = rule_for(self._name, weight)
+        rule = rule_for(self._name, weight, self._compiled)
         state = self._states.setdefault((name, layer), {}) or rule.new_state(weight)
         self._states[name, layer] = state
         noise = None

@@ -30,7 +30,7 @@ def plan(config: TrainConfig, source: Source, n_latents: int) -> Plan:
     warmup = config.lr_warmup_steps
     if warmup is None:
         warmup = min(DEFAULT_WARMUP_STEPS, steps // 10)
-    dead_after = min(DEAD_AFTER_TOKENS, source.n_tokens)
+    dead_after = config.dead_after_tokens or min(DEAD_AFTER_TOKENS, source.n_tokens)
     return Plan(steps, tokens, config.lr or default_lr(config.optimizer, n_latents), warmup, dead_after)
 
 

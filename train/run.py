@@ -2,14 +2,14 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
-from .checkpoint import LATEST, TrainerState, checkpoint_folder, restore_training, save_checkpoint
+from .checkpoint import LATEST, TrainerState, checkpoint_folder, name_best, restore_training, save_checkpoint
 from .config import TrainConfig
 from .evaluate import Evaluation
 from .finetune import start_from
@@ -43,7 +43,8 @@ class Run:
     def __init__(self, config: TrainConfig, source: Source, model: CrossLayerTranscoder) -> None:
         self.config, self.source, self.model = config, source, model
         self.plan = plan(config, source, model.shape.n_latents)
-        self.optimizer = Optimizer(model, config.optimizer, config.seed, config.max_grad_norm)
+        clip, compiled = config.max_grad_norm, config.compile
+        self.optimizer = Optimizer(model, config.optimizer, config.seed, clip, compiled)
         self.dead = DeadLatents(model, self.plan.dead_after)
         self.firing = FiringCounts(model, self.plan.dead_after)
         self.step = self.tokens = 0
@@ -71,6 +72,7 @@ class Run:
         state = restore_training(checkpoint_folder(self.config.run), self.model, self.optimizer)
         self.step, self.tokens, self.dead.since = state.step, state.tokens, state.tokens_since_fired
         self.firing.restore(state.firing)
+        name_best(self.config.run)
         return state.reader
 
     def __enter__(self) -> "Run":
@@ -125,15 +127,16 @@ class Run:
             k=self.k(self.step),
         )
 
-    def save(self, reader: dict[str, Any]) -> None:
+    def save(self, reader: dict[str, Any], measure: Callable[["Run"], float] | None = None) -> None:
         """A checkpoint, and a line of metrics.jsonl before it, so that no line is about both sides of it.
 
-        reader: its state, from which the run goes on.
+        reader: its state, from which the run goes on; measure: gives the held-out FVU, for `--save-best`.
         """
         with self._stops_where_not_finite():
             require_finite_weights(self.model)
         self.write_line()
-        state = TrainerState(self.step, self.tokens, reader, self.dead.since, self.firing.state())
+        fvu = measure(self) if measure else None
+        state = TrainerState(self.step, self.tokens, reader, self.dead.since, self.firing.state(), fvu)
         save_checkpoint(self.config.run, self.model, self.optimizer, state, self.config.keep)
         self.write_report("Held-out numbers are measured when the run is complete.")
 
