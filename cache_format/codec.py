@@ -116,17 +116,22 @@ def quantise_slab(values: Floats, divisor: float, codes: npt.NDArray[np.int8], s
         wanted = np.minimum(mean * np.float32(GAUSSIAN / divisor), _LARGEST_STEP)
         step = np.maximum(wanted, peak / np.float32(127))
     scale[...] = _round_up_to_half(step)
-    if not np.isfinite(scale).all():
-        raise CacheError(
-            "an activation is not finite, or beyond 8.3e6, which int8 blocks cannot hold; "
-            "look at the sample, or harvest with --precision bf16"
-        )
+    check_scale(scale)
     inverse = np.divide(1, scale, out=np.zeros_like(step), where=scale > 0, dtype=np.float32)
     _multiply_blocks(values, inverse, out=size)
     np.rint(size, out=rounded)
     codes[...] = rounded[:, :width]
     by_block = (tokens, blocks, BLOCK)
     return Steps(size.reshape(by_block), rounded.reshape(by_block), np.rint(peak * inverse))
+
+
+def check_scale(scale: Scales) -> None:
+    """CacheError where a vector was not finite, or so large that its step overflows float16."""
+    if not np.isfinite(scale).all():
+        raise CacheError(
+            "an activation is not finite, or beyond 8.3e6, which int8 blocks cannot hold; "
+            "look at the sample, or harvest with --precision bf16"
+        )
 
 
 def _room(number: int, shape: tuple[int, int]) -> Floats:

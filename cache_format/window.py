@@ -6,6 +6,7 @@ statistics then cost a fraction of the encoding. `memory` bounds what all this h
 
 from collections.abc import Iterator
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from .codec import (
     SLAB,
     Codes,
     Floats,
+    check_scale,
     encode_chunk,
     from_bf16_bits,
     quantise_slab,
@@ -41,6 +43,29 @@ class EncodedFile(NamedTuple):
     path: str
     """relative to the cache"""
     data: bytes
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """Vectors of one site that were quantised elsewhere, as the codec does it; first axes (token, layer)."""
+
+    codes: npt.NDArray[np.int8]
+    """(..., d_model)"""
+    scale: npt.NDArray[np.float16]
+    """(..., block)"""
+    noise: Floats
+    """Squared distance of the stored from the true vector."""
+    square: Doubles
+    """Squared norm, as stored."""
+    peak: Floats
+    """Largest size of a value, as stored."""
+
+    def __getitem__(self, tokens: slice) -> "StoredVectors":
+        return StoredVectors(*(array[tokens] for array in vars(self).values()))
+
+
+Values = dict[str, npt.NDArray[Any] | StoredVectors]
+"""By site, (token, layer, d_model): float32, uint16 holding bf16 bits, or quantised."""
 
 
 class Window:
@@ -77,8 +102,8 @@ class Window:
     def room(self) -> int:
         return self.manifest.window - self.tokens
 
-    def append(self, columns: Columns, values: dict[str, npt.NDArray[Any]], pool: Executor) -> None:
-        """Add tokens; `values[site]` is (token, layer, d_model), float32 or uint16 holding bf16 bits."""
+    def append(self, columns: Columns, values: Values, pool: Executor) -> None:
+        """Add tokens."""
         rows = slice(self.tokens, self.tokens + len(columns["sample"]))
         for name, column in columns.items():
             self.columns[name][rows] = column
@@ -88,7 +113,10 @@ class Window:
         self.tokens = rows.stop
 
     @_QUIET
-    def _store(self, site: str, index: int, rows: slice, values: npt.NDArray[Any]) -> None:
+    def _store(self, site: str, index: int, rows: slice, values: npt.NDArray[Any] | StoredVectors) -> None:
+        if isinstance(values, StoredVectors):
+            self._keep(site, index, rows, values)
+            return
         for part in slabs(len(values), self.manifest.d_model):
             given = np.ascontiguousarray(values[part, index])
             at = slice(rows.start + part.start, rows.start + part.stop)
@@ -106,13 +134,28 @@ class Window:
         try:
             steps = quantise_slab(true, self.manifest.step_divisor, codes, scale)
         except CacheError as fault:
-            layer = self.manifest.layers[index]
-            raise CacheError(f"layer {layer}, {site}: {fault}") from None
+            raise self._fault(site, index, fault) from None
         area = np.square(scale, dtype=np.float64)
         self._peak[site][index, at] = (steps.peak * scale).max(axis=1)
         self._square[site][index, at] = _squares(steps.rounded, area)
         lost = np.subtract(steps.rounded, steps.exact, out=steps.exact)
         self._noise[site][index, at] = _squares(lost, area)
+
+    def _keep(self, site: str, index: int, rows: slice, given: StoredVectors) -> None:
+        assert self.manifest.precision == "int8"
+        scale = given.scale[:, index]
+        try:
+            check_scale(scale)
+        except CacheError as fault:
+            raise self._fault(site, index, fault) from None
+        self._codes[site][index, rows] = given.codes[:, index]
+        self._scales[site][index, rows] = scale
+        self._noise[site][index, rows] = given.noise[:, index]
+        self._square[site][index, rows] = given.square[:, index]
+        self._peak[site][index, rows] = given.peak[:, index]
+
+    def _fault(self, site: str, index: int, fault: CacheError) -> CacheError:
+        return CacheError(f"layer {self.manifest.layers[index]}, {site}: {fault}")
 
     def _measure_bits(self, site: str, index: int, at: slice, bits: npt.NDArray[np.uint16]) -> None:
         stored = from_bf16_bits(bits)

@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..stopwatch import Stopwatch
 from . import layout
 from .codec import encode_chunk
 from .errors import CacheError
@@ -42,9 +42,7 @@ from .journal import (
 from .manifest import Manifest
 from .sample_log import SampleLog
 from .stream import Stream
-from .window import Columns, Window
-
-Values = dict[str, npt.NDArray[Any]]
+from .window import Columns, Values, Window
 
 
 class CacheWriter:
@@ -64,6 +62,8 @@ class CacheWriter:
         """Bytes of the files that this process committed."""
         self.committed_here = 0
         """Tokens that this process committed."""
+        self.watch = Stopwatch()
+        """Seconds of all threads: quantise, encode, disk."""
         self._failed = False
         claim_folder(folder, manifest)
         self._journal_fd = lock(folder / layout.log_name(layout.JOURNAL, rank))
@@ -136,8 +136,8 @@ class CacheWriter:
 
         sample: the line for samples.jsonl; its "sample" is the number that columns["sample"] repeats.
         columns: 1-d arrays by name (all but "sink"). values[site]: (token, layer, d_model) float32, or uint16
-        bf16 bits; fastest as a view of (layer, token, d_model). Raises CacheError where values cannot be
-        represented, naming the sample.
+        bf16 bits, or StoredVectors; fastest as a view of (layer, token, d_model). Raises CacheError where
+        values cannot be represented, naming the sample.
         """
         self._check_sound()
         stream = self._streams[split]
@@ -153,11 +153,12 @@ class CacheWriter:
             stop = min(length, start + window.room)
             piece = slice(start, stop)
             try:
-                window.append(
-                    {name: column[piece] for name, column in columns.items()},
-                    {site: value[piece] for site, value in values.items()},
-                    self._quantisers,
-                )
+                with self.watch.measure("quantise"):
+                    window.append(
+                        {name: column[piece] for name, column in columns.items()},
+                        {site: value[piece] for site, value in values.items()},
+                        self._quantisers,
+                    )
             except CacheError as fault:
                 raise CacheError(f"sample {sample.get('id', sample['sample'])!r}, {fault}") from fault
             stream.since_cursor += stop - start
@@ -244,8 +245,9 @@ class CacheWriter:
     ) -> None:
         files = dict(self._write_window(split, number, window))
         folders = {(self.folder / name).parent for name in files}
-        sync_folders(sorted(folders))
-        logs = self._commit_logs(*lines)
+        with self.watch.measure("disk"):
+            sync_folders(sorted(folders))
+            logs = self._commit_logs(*lines)
         entry = WindowEntry(
             split=split,
             window=number,
@@ -271,8 +273,9 @@ class CacheWriter:
 
         def write_layer(place: tuple[str, int]) -> list[tuple[str, FileEntry]]:
             site, index = place
-            files = window.layer_files(split, number, site, index, group, stream.sums[site])
-            return [self._write(file.path, file.data) for file in files]
+            with self.watch.measure("encode"):
+                files = window.layer_files(split, number, site, index, group, stream.sums[site])
+                return [self._write(file.path, file.data) for file in files]
 
         places = [(site, index) for site in layout.SITES for index in range(self.manifest.n_layers)]
         for entries in self._encoders.map(write_layer, places):
@@ -281,7 +284,8 @@ class CacheWriter:
             yield self._write(path, encode_chunk(array))
 
     def _write(self, name: str, data: bytes) -> tuple[str, FileEntry]:
-        write_file(self.folder / name, data, self.rank)
+        with self.watch.measure("disk"):
+            write_file(self.folder / name, data, self.rank)
         return name, FileEntry(len(data), checksum(data))
 
     def _commit_logs(self, samples: bytes, rejected: bytes) -> LogSizes:

@@ -109,4 +109,9 @@ class Feed:
 
 def default_threads() -> int:
     """Half the cores that this process may use: the model and the encoders want the others."""
-    return max(1, min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2))
+    return max(1, min(MOST_THREADS, cores() // 2))
+
+
+def cores() -> int:
+    """Of this process; torchrun's processes of one machine share its cores."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

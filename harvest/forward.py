@@ -2,54 +2,62 @@
 
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from ..cache_format.window import StoredVectors, Values
+from ..stopwatch import Stopwatch
 from .batches import collate, cut, padded_tokens
+from .landing import Landed, Landing
 from .model import LoadedModel
 from .taps import MlpTaps
 from .tokens import PreparedSample
-
-Values = dict[str, npt.NDArray[Any]]
-"""By site (token, layer, d_model): float32, or uint16 holding bf16 bits."""
 
 
 class Forward:
     """budget: tokens of a forward pass, padding included; it falls when memory does not suffice."""
 
-    def __init__(self, model: LoadedModel, taps: MlpTaps, budget: int) -> None:
-        self._model, self._taps, self.budget = model, taps, budget
+    def __init__(
+        self, model: LoadedModel, taps: MlpTaps, landing: Landing, budget: int, watch: Stopwatch
+    ) -> None:
+        self._model, self._taps, self._landing, self.budget = model, taps, landing, budget
+        self._watch = watch
         self._dtype = next(model.body.parameters()).dtype
 
-    def compute(self, samples: list[PreparedSample]) -> Iterator[tuple[list[PreparedSample], Values]]:
+    def compute(self, samples: list[PreparedSample]) -> Iterator[tuple[list[PreparedSample], Landed]]:
         """What the MLPs read and wrote; samples that do not fit are halved and tried again, once."""
         for part in cut(samples, self.budget):
-            values = self._try(part)
-            if values is not None:
-                yield part, values
+            landed = self._try(part)
+            if landed is not None:
+                yield part, landed
                 continue
             self._lower(part)
             for half in cut(part, self.budget):
-                values = self._try(half)
-                if values is None:
+                landed = self._try(half)
+                if landed is None:
                     raise ValueError(
                         f"half a batch, {padded_tokens(half)} tokens of {len(half)} samples, does not fit "
                         "into memory either; lower --batch-tokens or --ctx-len"
                     )
-                yield half, values
+                yield half, landed
 
-    def _try(self, samples: list[PreparedSample]) -> Values | None:
+    def _try(self, samples: list[PreparedSample]) -> Landed | None:
         """None where memory does not suffice."""
         batch = collate(samples)
+        self._landing.begin(batch.keep)
         try:
-            inputs = {name: self._to_device(value) for name, value in batch.inputs.items()}
-            return self._taps.run(self._model.body, inputs, batch.keep.to(self._model.device))
-        except torch.OutOfMemoryError:
-            pass  # what the fault's frames hold is free only behind this block
-        torch.cuda.empty_cache()
+            with self._watch.measure("device"):
+                inputs = {name: self._to_device(value) for name, value in batch.inputs.items()}
+                self._taps.run(self._model.body, inputs, self._landing.put)
+            return self._landing.finish()
+        except RuntimeError as fault:
+            self._landing.abandon()
+            if not _is_out_of_memory(fault):
+                raise
+        # what the fault's frames hold is free only behind that block
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
         return None
 
     def _lower(self, samples: list[PreparedSample]) -> None:
@@ -66,9 +74,17 @@ class Forward:
         return value.to(self._model.device, self._dtype if value.is_floating_point() else None)
 
 
+def _is_out_of_memory(fault: RuntimeError) -> bool:
+    """On a CPU, and in cuBLAS, it has no class of its own."""
+    return isinstance(fault, torch.OutOfMemoryError) or any(
+        text in str(fault) for text in ("can't allocate memory", "ALLOC_FAILED")
+    )
+
+
 def check_finite(sample: PreparedSample, values: Values, layers: tuple[int, ...]) -> None:
     """ValueError that names sample, layer and site where the model gave NaN or infinity."""
     for site, value in values.items():
+        assert not isinstance(value, StoredVectors), "int8 looks for itself"
         if value.dtype == np.uint16:
             exponent = np.uint16(0x7F80)
             faulty = ((value & exponent) == exponent).any(axis=2)

@@ -10,12 +10,16 @@ MOST_BATCHES = 2
 
 
 class Outbox:
-    """Everything that touches the writer goes through here, so that its order is that of the samples."""
+    """Everything that touches the writer goes through here, so that its order is that of the samples.
+
+    Behind a job that failed no other is done: the cache would have a gap.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "clt-store")
         self._batches: deque[Future[None]] = deque()
         self._notes: deque[Future[None]] = deque()
+        self._fault: BaseException | None = None
 
     def __enter__(self) -> "Outbox":
         return self
@@ -29,13 +33,22 @@ class Outbox:
         """Store later; waits while MOST_BATCHES are not stored, and raises what storing raised."""
         while len(self._batches) >= MOST_BATCHES:
             self._batches.popleft().result()
-        self._batches.append(self._thread.submit(store))
+        self._batches.append(self._thread.submit(self._do, store))
 
     def put_note(self, write: Callable[[], None]) -> None:
         """Write later something that takes no time and no memory."""
         while self._notes and self._notes[0].done():
             self._notes.popleft().result()
-        self._notes.append(self._thread.submit(write))
+        self._notes.append(self._thread.submit(self._do, write))
+
+    def _do(self, job: Callable[[], None]) -> None:
+        if self._fault is not None:
+            raise self._fault
+        try:
+            job()
+        except BaseException as fault:
+            self._fault = fault
+            raise
 
     def drain(self) -> None:
         """Wait until all is stored."""

@@ -5,26 +5,29 @@ outbox's thread hands what came out to the writer, whose own threads quantise, e
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+from torch import nn
 
 from ..cache_format import CacheWriter, open_cache
 from ..cache_format.layout import SPLITS, parse_layers
+from ..cache_format.window import Values
 from ..progress import Progress
 from ..stopping import StopRequested
+from ..stopwatch import Stopwatch
 from .batches import POOL_BATCHES, pack
 from .columns import describe_columns
 from .config import HarvestConfig
 from .disk import check_disk
-from .feed import Feed, Read
-from .forward import Forward, Values, check_finite
+from .feed import Feed, Read, cores
+from .forward import Forward, check_finite
 from .identity import describe
+from .landing import Landed, Landing, choose_form
 from .model import Hookpoints, LoadedModel, find_hookpoints, load_model
 from .outbox import Outbox
 from .rows import Rows, open_rows
@@ -35,6 +38,10 @@ BAD_FRACTION_AFTER = 100
 """Samples to see before --max-bad-fraction is judged."""
 
 
+MOST_WRITERS = 16
+"""Threads that quantise and encode; each wants memory for two shards."""
+
+
 class HarvestReport(NamedTuple):
     tokens: dict[str, int]
     """Committed, by split (of this rank)."""
@@ -42,6 +49,8 @@ class HarvestReport(NamedTuple):
     """Tokens by split and kind, and `sink` among them, of the whole cache as it stands."""
     rejected: int
     complete: bool
+    seconds: dict[str, float]
+    """What this process waited for: samples, device, copy, encode, disk."""
 
 
 @dataclass
@@ -54,6 +63,7 @@ class _Harvest:
     """Written to by the outbox's thread only."""
     outbox: Outbox
     progress: Progress
+    watch: Stopwatch
     to_skip: dict[str, int]
     """Tokens that come again and are committed already."""
     planned: int
@@ -74,15 +84,19 @@ def harvest(config: HarvestConfig) -> HarvestReport:
     """Run the model over the dataset and store what its MLPs read and wrote."""
     rows = open_rows(config.dataset, config.split)
     say_columns(rows, config)
-    model = load_model(config)
+    return harvest_rows(config, rows, load_model(config))
+
+
+def harvest_rows(config: HarvestConfig, rows: Rows, model: LoadedModel) -> HarvestReport:
+    """As `harvest`, of what is open and loaded."""
     hookpoints = find_hookpoints(model, config.mlp, config.input_site)
     layers = parse_layers(config.layers, tuple(range(model.n_layers)))
     manifest = describe(config, model, rows, hookpoints, layers)
     wanted = config.tokens and _share(config.tokens, config.rank, config.world_size)
-    threads = min(8, max(1, torch.get_num_threads()))
+    watch = Stopwatch()
     with ExitStack() as stack:
         writer = stack.enter_context(
-            CacheWriter(config.cache, manifest, rank=config.rank, threads=threads, max_tokens=wanted)
+            CacheWriter(config.cache, manifest, rank=config.rank, threads=writer_threads(), max_tokens=wanted)
         )
         if not writer.complete:
             check_disk(config, manifest, rows, model)
@@ -90,13 +104,31 @@ def harvest(config: HarvestConfig) -> HarvestReport:
             progress = stack.enter_context(Progress("harvest", total=wanted, unit="tok", done=done))
             taps = stack.enter_context(_tap(model, hookpoints, layers))
             outbox = stack.enter_context(Outbox())
-            forward = Forward(model, taps, config.batch_tokens)
-            run = _begin(config, forward, writer, outbox, progress)
+            landing = Landing(len(layers), choose_form(manifest, model.device), model.device, watch)
+            forward = Forward(model, taps, landing, config.batch_tokens, watch)
+            run = _begin(config, forward, writer, outbox, progress, watch)
             cursors = {split: writer.cursor(split) for split in SPLITS}
             with closing(Feed(rows, model, config, cursors).reads()) as feed:
                 _run(run, feed)
         committed = {split: writer.committed(split) for split in SPLITS}
-        return HarvestReport(committed, _kinds(config.cache), len(writer.rejected), writer.complete)
+        seconds = split_waiting(watch.seconds, writer.watch.seconds)
+        return HarvestReport(committed, _kinds(config.cache), len(writer.rejected), writer.complete, seconds)
+
+
+def writer_threads() -> int:
+    """Not torch's number: torchrun sets that to 1."""
+    return min(MOST_WRITERS, cores())
+
+
+def split_waiting(mine: Mapping[str, float], writers: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by what this process waited for; those that it waited for the writer, in the ratio of the
+    seconds that the writer's threads spent on encoding and on the disk."""
+    disk = writers.get("disk", 0.0)
+    busy = disk + writers.get("encode", 0.0) + writers.get("quantise", 0.0)
+    share = disk / (busy or 1.0)
+    waited = mine.get("store", 0.0)
+    found = {name: mine.get(name, 0.0) for name in ("samples", "device", "copy")}
+    return {**found, "encode": waited * (1 - share), "disk": waited * share}
 
 
 def say_columns(rows: Rows, config: HarvestConfig) -> None:
@@ -111,7 +143,12 @@ def say_columns(rows: Rows, config: HarvestConfig) -> None:
 
 
 def _begin(
-    config: HarvestConfig, forward: Forward, writer: CacheWriter, outbox: Outbox, progress: Progress
+    config: HarvestConfig,
+    forward: Forward,
+    writer: CacheWriter,
+    outbox: Outbox,
+    progress: Progress,
+    watch: Stopwatch,
 ) -> _Harvest:
     return _Harvest(
         config=config,
@@ -119,6 +156,7 @@ def _begin(
         writer=writer,
         outbox=outbox,
         progress=progress,
+        watch=watch,
         to_skip={split: writer.to_skip(split) for split in SPLITS},
         planned=writer.added("train"),
         known_bad=frozenset(writer.rejected),
@@ -131,7 +169,7 @@ def _run(run: _Harvest, feed: Iterator[Read]) -> None:
     limit = POOL_BATCHES * config.batch_tokens
     first = min(writer.cursor(split) for split in SPLITS) * config.world_size
     run.bad = sum(number < first for number in run.known_bad)
-    for read in feed:
+    while (read := _next(run, feed)) is not None:
         StopRequested.check()
         if run.full:
             break
@@ -142,13 +180,19 @@ def _run(run: _Harvest, feed: Iterator[Read]) -> None:
     for split in SPLITS:
         if run.pools[split]:
             _run_pool(run, split)
-    run.outbox.drain()
-    if writer.committed("train") == 0 and not writer.has_tokens:
-        raise ValueError(
-            f"{config.dataset}: of {run.seen} samples none could be stored; "
-            f"see {config.cache / 'rejected.jsonl'}"
-        )
-    writer.finish()
+    with run.watch.measure("store"):
+        run.outbox.drain()
+        if writer.committed("train") == 0 and not writer.has_tokens:
+            raise ValueError(
+                f"{config.dataset}: of {run.seen} samples none could be stored; "
+                f"see {config.cache / 'rejected.jsonl'}"
+            )
+        writer.finish()
+
+
+def _next(run: _Harvest, feed: Iterator[Read]) -> Read | None:
+    with run.watch.measure("samples"):
+        return next(feed, None)
 
 
 def _take(run: _Harvest, read: Read) -> None:
@@ -188,12 +232,20 @@ def _run_pool(run: _Harvest, split: str) -> None:
         if skipped == stored > 0:
             run.outbox.put_note(partial(_skip, run.writer, split, cursor, stored))
             continue
-        for part, values in run.forward.compute(samples):
-            run.outbox.put_batch(partial(_store, run, split, cursor, part, values))
+        for part, landed in run.forward.compute(samples):
+            run.outbox.put_batch(partial(_store, run, split, cursor, part, landed))
 
 
-def _store(run: _Harvest, split: str, cursor: int, samples: list[PreparedSample], values: Values) -> None:
+def _store(run: _Harvest, split: str, cursor: int, samples: list[PreparedSample], landed: Landed) -> None:
     """In the outbox's thread: give the writer each sample's part."""
+    try:
+        _add_all(run, split, cursor, samples, landed.values())
+    finally:
+        landed.release()
+    _report(run)
+
+
+def _add_all(run: _Harvest, split: str, cursor: int, samples: list[PreparedSample], values: Values) -> None:
     start = 0
     for sample in samples:
         rows = slice(start, start := start + len(sample.columns["sample"]))
@@ -201,7 +253,6 @@ def _store(run: _Harvest, split: str, cursor: int, samples: list[PreparedSample]
         if run.config.precision == "bf16":  # int8 looks for itself
             check_finite(sample, part, run.writer.manifest.layers)
         run.writer.add(split, cursor, sample.line, sample.columns, part)
-    _report(run)
 
 
 def _skip(writer: CacheWriter, split: str, cursor: int, tokens: int) -> None:
@@ -222,7 +273,7 @@ def _kinds(cache: Path) -> dict[str, dict[str, int]]:
 
 
 def _tap(model: LoadedModel, hookpoints: Hookpoints, layers: tuple[int, ...]) -> MlpTaps:
-    def chosen(paths: list[str]) -> list[torch.nn.Module]:
+    def chosen(paths: list[str]) -> list[nn.Module]:
         return [model.body.get_submodule(paths[layer]) for layer in layers]
 
     return MlpTaps(chosen(hookpoints.mlps), chosen(hookpoints.norms) if hookpoints.norms else None)

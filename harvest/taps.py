@@ -1,14 +1,15 @@
-"""Hooks that keep what MLPs read and wrote. Knows modules and masks; no model, no disk."""
+"""Hooks that hand on what MLPs read and wrote. Knows modules; no model, no disk."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+Receive = Callable[[str, int, Tensor], None]
+"""Given site, index of the MLP, and (sample, position, d_model); the tensor may be changed afterwards."""
 
 
 class LastLayerReached(Exception):
@@ -16,7 +17,7 @@ class LastLayerReached(Exception):
 
 
 class MlpTaps:
-    """While entered, each forward pass leaves its kept rows in `take()`.
+    """While entered, each forward pass of `run` hands on what the MLPs read and wrote.
 
     mlps: the modules, in layer order. norms: for input site resid_mid, the norm in front of each; its input
     is kept instead of the MLP's, after a check that its output is indeed what the MLP reads.
@@ -25,14 +26,16 @@ class MlpTaps:
     def __init__(self, mlps: Sequence[nn.Module], norms: Sequence[nn.Module] | None = None) -> None:
         self._mlps, self._norms = mlps, norms
         self._handles: list[RemovableHandle] = []
-        self._keep: Tensor | None = None
-        self._kept: dict[str, list[Tensor]] = {"mlp_in": [], "mlp_out": []}
+        self._receive: Receive | None = None
+        self._ran = 0
         self._before: tuple[Tensor, Tensor] | None = None
+        self._checked = 0
+        """MLPs that were seen to read what their norm gives: asking again would make a device wait."""
 
     def __enter__(self) -> "MlpTaps":
         for number, mlp in enumerate(self._mlps):
             last = number == len(self._mlps) - 1
-            self._handles.append(mlp.register_forward_hook(self._mlp_hook(last), with_kwargs=True))
+            self._handles.append(mlp.register_forward_hook(self._mlp_hook(number, last), with_kwargs=True))
             if self._norms is not None:
                 self._handles.append(self._norms[number].register_forward_hook(self._norm_hook))
         return self
@@ -44,23 +47,17 @@ class MlpTaps:
             handle.remove()
         self._handles.clear()
 
-    def run(self, body: nn.Module, inputs: dict[str, Any], keep: Tensor) -> dict[str, npt.NDArray[Any]]:
-        """One forward pass; by site (token, layer, d_model) of the rows in `keep` (batch, position).
-
-        float32, or uint16 bits where the model computes in bfloat16; rows in batch order.
-        """
-        self._keep = keep
-        for kept in self._kept.values():
-            kept.clear()
+    def run(self, body: nn.Module, inputs: dict[str, Any], receive: Receive) -> None:
+        """One forward pass, as far as the last MLP."""
+        self._receive, self._ran, self._before = receive, 0, None
         try:
             with torch.inference_mode():
                 body(**inputs, use_cache=False)
         except LastLayerReached:
             pass
-        assert all(len(kept) == len(self._mlps) for kept in self._kept.values()), "an MLP did not run"
-        return {site: _to_numpy(kept) for site, kept in self._kept.items()}
+        assert self._ran == len(self._mlps), "an MLP did not run"
 
-    def _mlp_hook(self, last: bool) -> Any:
+    def _mlp_hook(self, number: int, last: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = args[0] if args else next(iter(kwargs.values()))
             if not isinstance(output, Tensor):
@@ -69,11 +66,14 @@ class MlpTaps:
                 )
             if self._before is not None:
                 residual, normed = self._before
-                if not torch.equal(normed, given):
+                if number >= self._checked and not torch.equal(normed, given):
                     raise ValueError("resid_mid: the MLP does not read what the norm before it gives")
+                self._checked = max(self._checked, number + 1)
                 given, self._before = residual, None
-            self._put("mlp_in", given)
-            self._put("mlp_out", output)
+            assert self._receive is not None
+            self._receive("mlp_in", number, given)
+            self._receive("mlp_out", number, output)
+            self._ran += 1
             if last:
                 raise LastLayerReached
 
@@ -81,17 +81,3 @@ class MlpTaps:
 
     def _norm_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._before = (args[0], output)
-
-    def _put(self, site: str, values: Tensor) -> None:
-        assert self._keep is not None
-        self._kept[site].append(values[self._keep].detach())
-
-
-def _to_numpy(layers: list[Tensor]) -> npt.NDArray[Any]:
-    """(token, layer, d_model) as a view of layer-major memory, which is how the cache stores it."""
-    stacked = torch.stack([layer.cpu() for layer in layers])
-    if stacked.dtype == torch.bfloat16:
-        array: npt.NDArray[Any] = stacked.view(torch.uint16).numpy()
-    else:
-        array = stacked.float().numpy()
-    return np.moveaxis(array, 0, 1)

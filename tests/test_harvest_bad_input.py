@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 import clt.cache_format.files
 from clt.cache_format import CacheWriter, open_cache, verify_cache
 from clt.harvest.config import HarvestConfig
 from clt.harvest.disk import RESERVE
+from clt.harvest.landing import Landing
 from clt.harvest.run import harvest
 
 
@@ -285,3 +287,40 @@ def test_byte_order_mark_and_json_list(model: Path, tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.json"):
         assert harvest(configure(model, folder / name, tmp_path / name)).rejected == 0
         assert len(open_cache(tmp_path / name).samples()) == 3
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("site", ["mlp_in", "mlp_out"])
+def test_numbers_that_are_not_finite_are_named_and_nothing_behind_them_is_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, site: str
+) -> None:
+    """Sample, layer and site; the cache goes on, mended, as if nothing had happened."""
+    tiny.write_dataset(tmp_path / "data")
+    data = tmp_path / "data" / "train.jsonl"
+    options = {"precision": precision, "batch_tokens": 70, "ctx_len": 64}
+    harvest(configure(model, data, tmp_path / "whole", **options))
+    put, bad = Landing.put, open_cache(tmp_path / "whole").samples()
+
+    def poisoned(self: Landing, where: str, index: int, values: torch.Tensor) -> None:
+        poisoned.calls += where == "mlp_in" and index == 0
+        if poisoned.calls == 4 and (where, index) == (site, 1):
+            values = values.clone()
+            values[0, 2, 5] = float("nan")
+        put(self, where, index, values)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(Landing, "put", poisoned)
+    config = configure(model, data, tmp_path / "c", **options)
+    with pytest.raises(
+        ValueError, match=rf"sample '(.*)', layer 1, {site}: .*(not finite|NaN or infinity)"
+    ) as fault:
+        harvest(config)
+    name = re.search("sample '(.*?)'", str(fault.value))[1]
+    assert name in {line["id"] for line in bad.values()}
+    monkeypatch.undo()
+    before = {entry.window for entry in open_cache(config.cache).windows}
+    assert harvest(config).complete
+    assert before <= {0, 1, 2}
+    for path in (tmp_path / "whole").rglob("*"):
+        if path.is_file():
+            assert path.read_bytes() == (config.cache / path.relative_to(tmp_path / "whole")).read_bytes()

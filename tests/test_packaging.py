@@ -50,4 +50,9 @@ def test_what_the_report_page_needs_ships() -> None:
 
 def test_only_the_known_modules_lie_at_the_root() -> None:
     """Every .py at the root ships inside `clt`."""
-    assert {path.name for path in ROOT.glob("*.py")} == {"cli.py", "progress.py", "stopping.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == {
+        "cli.py",
+        "progress.py",
+        "stopping.py",
+        "stopwatch.py",
+    }
