@@ -14,6 +14,7 @@ import typer
 from .commands.answers import BAD_USAGE, FAULTY, INTERRUPTED, OK
 from .commands.caches import info, verify
 from .commands.harvest import harvest_command
+from .commands.plan import plan_command
 from .commands.runs import eval_command, export_command, import_command
 from .commands.train import calibrate_command, train_command
 from .stopping import StopRequested
@@ -39,6 +40,7 @@ def everywhere(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "harvest": harvest_command,
+    "plan": plan_command,
     "info": info,
     "verify": verify,
     "train": train_command,

@@ -99,6 +99,11 @@ def n_blocks(d_model: int) -> int:
     return -(-d_model // BLOCK)
 
 
+def vector_bytes(d_model: int, int8: bool) -> int:
+    """Of one token's values at one site and layer, before entropy coding."""
+    return d_model + 2 * n_blocks(d_model) if int8 else 2 * d_model
+
+
 def parse_layers(text: str | None, held: tuple[int, ...]) -> tuple[int, ...]:
     """Layer numbers of `0-31`, `0,4,8`, `0-31:4` or None (all of `held`); CacheError names what is held."""
     if text is None:

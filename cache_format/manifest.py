@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import CacheError
-from .layout import BLOCK, CHUNK, FORMAT_VERSION, n_blocks
+from .layout import BLOCK, CHUNK, FORMAT_VERSION, n_blocks, vector_bytes
 
 Scalar = str | int | float | bool | None
 
@@ -78,8 +78,7 @@ class Manifest:
     @property
     def bytes_per_token(self) -> int:
         """Stored bytes of one token before entropy coding: both sites, all layers, codes and scales."""
-        per_vector = self.d_model + 2 * self.n_blocks if self.precision == "int8" else 2 * self.d_model
-        return 2 * self.n_layers * per_vector
+        return 2 * self.n_layers * vector_bytes(self.d_model, self.precision == "int8")
 
     @property
     def bf16_bytes_per_token(self) -> int:

@@ -113,7 +113,7 @@ def train_command(
 ) -> None:
     """Fit a cross-layer transcoder from caches; needs neither the model nor its libraries."""
     options = {name: value for name, value in locals().items() if name not in NO_SETTINGS}
-    options |= {"caches": tuple(caches), "k": _k(k), "kinds": names(kinds), "exclude": names(exclude)}
+    options |= {"caches": tuple(caches), "k": parse_k(k), "kinds": names(kinds), "exclude": names(exclude)}
     options |= {"exclude_token_ids": _ids(exclude_token_ids), "keep_kind": _shares(keep_kind)}
     folder = out or Path("checkpoints") / run_name
     if sweep is None:
@@ -161,7 +161,7 @@ def calibrate_command(
     answer(as_json, {"run": str(out), **found.to_json()}, f"{found}\n{out} is written, with jumprelu")
 
 
-def _k(text: str | None) -> int | tuple[int, ...] | None:
+def parse_k(text: str | None) -> int | tuple[int, ...] | None:
     """`32`, or `16,16,32`: one a layer."""
     try:
         numbers = tuple(int(part) for part in names(text))

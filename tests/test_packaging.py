@@ -14,7 +14,7 @@ def test_pyproject_lists_every_package() -> None:
     """A package that is not listed would work in a checkout and be missing from the wheel."""
     tree = {
         f"clt.{path.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
-        for name in ("analysis", "cache_format", "commands", "export", "harvest", "train")
+        for name in ("analysis", "cache_format", "commands", "export", "harvest", "planning", "train")
         for path in (ROOT / name).rglob("__init__.py")
     }
     assert tree | {"clt"} == set(PROJECT["tool"]["setuptools"]["packages"])

@@ -49,7 +49,7 @@ def test_the_tree_is_the_tree() -> None:
     named = set(re.findall(r"\b[a-z0-9_]+\.py\b", tree)) - {"test_.py"}
     modules = {
         path.name
-        for folder in (".", "commands", "harvest", "cache_format", "train", "export", "analysis")
+        for folder in (".", "commands", "harvest", "cache_format", "train", "export", "analysis", "planning")
         for path in (ROOT / folder).glob("*.py")
         if path.name not in ("__init__.py", "config.py")
     }

@@ -5,7 +5,7 @@ python -m clt.train.memory     # the tables of docs/memory.md
 
 from typing import NamedTuple
 
-from ..cache_format.layout import CHUNK, SITES, n_blocks
+from ..cache_format.layout import CHUNK, SITES, vector_bytes
 from .shape import Shape
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
@@ -94,8 +94,7 @@ def read_memory(
     n_layers: int, d_model: int, precision: str, *, buffer_tokens: int, batch_tokens: int, threads: int
 ) -> ReadMemory:
     """n_layers: that are read; buffer_tokens: rounded to whole chunks; batch_tokens: of one rank's share."""
-    vector = d_model + 2 * n_blocks(d_model) if precision == "int8" else 2 * d_model
-    token = len(SITES) * n_layers * vector
+    token = len(SITES) * n_layers * vector_bytes(d_model, precision == "int8")
     chunk = CHUNK * d_model * (1 if precision == "int8" else 2)
     return ReadMemory(
         2 * buffer_tokens * (token + ORDER_BYTES),

@@ -38,6 +38,11 @@ class ReadOrder:
         """Buffers of an epoch."""
         return -(-self.n_chunks // max(1, self.buffer_tokens // CHUNK))
 
+    @property
+    def largest_buffer(self) -> int:
+        """Chunks of the largest buffer."""
+        return -(-self.n_chunks // self.n_buffers)
+
     def chunks(self, epoch: int, buffer: int) -> Ints:
         """Chunk numbers in one buffer of one epoch."""
         first, end = (i * self.n_chunks // self.n_buffers for i in (buffer, buffer + 1))

@@ -103,8 +103,7 @@ class Reader:
         self._pool = ThreadPoolExecutor(self.threads, "clt-decode")
         self._gather = ThreadPoolExecutor(self.threads, "clt-gather")
         self._filler = ThreadPoolExecutor(1, "clt-fill")
-        size = -(-source.n_chunks // self.order.n_buffers)
-        self._room = [source.allocate(size) for _ in range(2)]
+        self._room = [source.allocate(self.order.largest_buffer) for _ in range(2)]
         self._current: _Buffer | None = None
         self._ahead: Future[_Buffer] | None = None
 

@@ -1,0 +1,1 @@
+"""What harvest and training will take, from the model's config alone."""

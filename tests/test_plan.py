@@ -1,0 +1,201 @@
+"""`clt plan`: sizes from configs, bytes and memory against real caches and runs, a formula for each line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from measured import train_peak
+from planted import write_planted
+from transformers import CONFIG_MAPPING, LlavaConfig
+
+from clt.cache_format import CacheWriter, Manifest, open_cache
+from clt.cache_format.layout import SITES
+from clt.cli import app
+from clt.planning.cache_size import CacheSize, cache_bytes, measure_coded
+from clt.planning.model_size import FAMILY_DEFAULTS, ModelSize, read_model_size
+from clt.planning.prediction import PROCESS_BYTES, READ_SPEEDS, plan_of, predict
+from clt.train.config import TranscoderConfig
+from clt.train.memory import read_memory, step_memory
+from clt.train.order import predicted_partners
+from clt.train.source import Source
+
+SETTINGS = {
+    **dict.fromkeys(("tokens", "tokens_per_s", "optimizer")),
+    "precision": "int8",
+    "step_divisor": 8.0,
+    "window": 16384,
+    "sample_tokens": 1024.0,
+    "batch_tokens": 4096,
+    "grad_acc_steps": 1,
+    "epochs": 1.0,
+    "threads": 16,
+    "dtype": "float32",
+    "buffer_tokens": 8192,
+    "read_speeds": READ_SPEEDS,
+}
+"""The command's defaults"""
+
+
+def write_config(folder: Path, config: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def clt(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "clt.cli", *map(str, arguments)], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("family", FAMILY_DEFAULTS)
+def test_sizes_that_a_config_leaves_out_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    """LLaVA-1.5's text_config names its family and no sizes."""
+    theirs = CONFIG_MAPPING[family]()
+    folder = write_config(tmp_path / "m", {"model_type": "llava", "text_config": {"model_type": family}})
+    assert read_model_size(str(folder)) == (theirs.hidden_size, theirs.num_hidden_layers)
+
+
+def test_sizes_of_saved_configs(tmp_path: Path) -> None:
+    """Of a vision-language model those of its language model; GPT-2's other names."""
+    LlavaConfig(
+        text_config={"model_type": "llama", "hidden_size": 96, "num_hidden_layers": 7}
+    ).save_pretrained(tmp_path)
+    assert read_model_size(str(tmp_path)) == ModelSize(96, 7)
+    CONFIG_MAPPING["gpt2"](n_embd=48, n_layer=5).save_pretrained(tmp_path)
+    assert read_model_size(str(tmp_path / "config.json")) == ModelSize(48, 5)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model_type": "new"}, "expected hidden_size and num_hidden_layers"),
+        ({"hidden_size": "wide", "num_hidden_layers": 2}, "hidden_size: expected a positive number"),
+        ([1], "expected an object, found list"),
+    ],
+)
+def test_a_config_without_sizes_is_refused(content: object, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_model_size(str(write_config(tmp_path / "m", content)))
+
+
+def test_a_hub_id_without_transformers_says_what_to_do(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['transformers'] = None; sys.argv = ['clt', 'plan', 'maker/model']; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "from clt.cli import main; main()"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "or name a folder that holds its config.json" in done.stderr
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+def test_what_a_cache_shows_predicts_a_longer_one(precision: str, tmp_path: Path) -> None:
+    """Code bits measured at one length give the bytes of another within 2 %."""
+    short = open_cache(write_planted(tmp_path / "short", 3000, precision=precision))
+    size = CacheSize(3, 24, precision, 16.0, 512)
+    for tokens in (1500, 7000):
+        long = open_cache(write_planted(tmp_path / f"{tokens}", tokens, seed=1, precision=precision))
+        predicted = cache_bytes(size, tokens, measure_coded(short)).total
+        assert predicted == pytest.approx(long["train"].bytes, rel=0.02)
+
+
+def test_lines_are_the_trainers_own_functions(tmp_path: Path) -> None:
+    """Memory, m and bytes an epoch are what train/memory.py, train/order.py and the cache say."""
+    cache = write_planted(tmp_path / "c", 4000, val=200)
+    folder = write_config(tmp_path / "m", {"hidden_size": 24, "num_hidden_layers": 3})
+    settings = SETTINGS | {"tokens_per_s": 100.0, "batch_tokens": 256, "grad_acc_steps": 2, "epochs": 3.0}
+    settings |= {"threads": 2, "buffer_tokens": 1024}
+    plan = plan_of(str(folder), cache, "1-2", TranscoderConfig(latents=64, k=4), settings)
+    values = {f"{line.section}.{line.key}": line.value for line in predict(plan)}
+    source = Source([cache], "train")
+    assert plan.sample_tokens == source.tokens_per_sample == 50.0
+    step = step_memory(
+        plan.shape, tokens=256, grad_acc_steps=2, optimizer="adam8", stored_bytes=(24 + 2) / 24
+    )
+    buffers = read_memory(2, 24, "int8", buffer_tokens=1024, batch_tokens=256, threads=2)
+    found = values["training.memory_adam8"]
+    assert found["device"] == step.device
+    assert found["host"] > step.batches + buffers.buffers + buffers.decoding
+    assert values["reading.shuffle_m"] == predicted_partners(256, 50.0, 4000, 512, 1024)
+    # the layers 1 and 2 alone
+    files = [item for entry in open_cache(cache)["train"].entries for item in entry.files.items()]
+    read = sum(file.size for name, file in files if name.endswith((".1.0", ".2.0")) and "/mlp_" in name)
+    assert values["reading.bytes_per_epoch"] == pytest.approx(read, rel=0.02)
+    assert values["harvest.hours"] == 4000 / 100 / 3600
+
+
+def test_the_command_explains_every_line(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "m", {"text_config": {"hidden_size": 64, "num_hidden_layers": 4}})
+    told = clt("plan", folder, "--tokens", 1_000_000, "--tokens-per-s", 2000, "--n-targets", 2, "--explain")
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    assert all(formula.startswith("            = ") for formula in lines[1::2])
+    assert len(lines) % 2 == 0
+    data = json.loads(
+        clt("plan", folder, "--tokens", 1_000_000, "--n-targets", 2, "--explain", "--json").stdout
+    )
+    formulas = data.pop("formulas")
+    assert formulas.keys() == {f"{section}.{key}" for section in data for key in data[section]}
+    assert data["cache"]["uncompressed_bytes_per_token"] == 2 * 4 * 64 * 2
+    assert data["training"]["parameters"] == 128 * (4 * 65 + 7 * 64) + 4 * 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--optimizer", "sgd"), "--optimizer"),
+        (("--layers", "9"), "--layers"),
+        (("--tokens", "0"), "--tokens: expected more than 0"),
+        (("--read-speeds", "fast"), "--read-speeds"),
+        (("--activation", "relu"), "relu has no k"),
+        (("--cache", "none"), "is no cache"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments: tuple[str, str], words: str, tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "m", {"hidden_size": 64, "num_hidden_layers": 4})
+    with pytest.raises(ValueError, match=words):
+        app(["plan", str(folder), *arguments], standalone_mode=False)
+
+
+WIDTH, LAYERS = 512, 2
+
+
+@pytest.fixture(scope="module")
+def wide_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4,096 Gaussian tokens of 2 layers, without held-out ones."""
+    path = tmp_path_factory.mktemp("wide") / "c"
+    manifest = Manifest(
+        d_model=WIDTH,
+        layers=tuple(range(LAYERS)),
+        precision="int8",
+        step_divisor=8.0,
+        window=4096,
+        seed=0,
+        world_size=1,
+        source={"model": "wide"},
+    )
+    rng = np.random.default_rng(0)
+    columns = {name: np.zeros(1024, int) for name in ("position", "token_id", "kind", "row", "col")}
+    with CacheWriter(path, manifest) as writer:
+        for number in range(4):
+            values = {site: rng.standard_normal((1024, LAYERS, WIDTH), np.float32) for site in SITES}
+            sample = {"sample": np.full(1024, number)}
+            writer.add("train", number, {"sample": number, "id": str(number)}, columns | sample, values)
+        writer.finish()
+    return path
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "signum"])
+def test_memory_of_a_run_is_as_planned(wide_cache: Path, optimizer: str, tmp_path: Path) -> None:
+    """Peak of the resident memory of `clt train` in a process of its own, within 10 %."""
+    options = ("--latents", 12288, "--batch-tokens", 512, "--steps", 3, "--threads", 2)
+    before, peak = train_peak(wide_cache, tmp_path / "run", *options, "--optimizer", optimizer)
+    folder = write_config(tmp_path / "m", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS})
+    settings = SETTINGS | {"batch_tokens": 512, "threads": 2, "optimizer": optimizer}
+    plan = plan_of(str(folder), wide_cache, None, TranscoderConfig(latents=12288, n_targets=16), settings)
+    found = {line.key: line.value for line in predict(plan)}[f"memory_{optimizer}"]["one_machine"]
+    assert peak == pytest.approx(found - PROCESS_BYTES + before, rel=0.1)
+    assert before == pytest.approx(PROCESS_BYTES, rel=0.25)  # it depends on the build of torch

@@ -1,0 +1,58 @@
+"""Slow proofs: the figures that `clt plan` calls typical, and its bytes and memory, on the demo's model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from measured import train_peak
+
+from clt.cache_format import open_cache
+from clt.cache_format.layout import SPLITS
+from clt.planning.cache_size import TYPICAL, measure_coded
+
+ROOT = Path(__file__).parents[1]
+TOKENS = 8192
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    subprocess.run([sys.executable, str(ROOT / "demo" / "build.py"), str(folder)], check=True)
+    return folder
+
+
+def clt(*arguments: object) -> str:
+    command = [sys.executable, "-m", "clt.cli", *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def harvest(demo: Path, precision: str, divisor: int) -> Path:
+    cache = demo / f"{precision}-{divisor}"
+    options = ("--precision", precision, "--step-divisor", divisor, "--window", 4096, "--val-fraction", 0.1)
+    options += ("--tokens", TOKENS, "--batch-tokens", 2048, "--dtype", "float32")
+    clt("harvest", demo / "model", demo / "data" / "train.jsonl", cache, *options)
+    return cache
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "divisor"), [("int8", 8), ("int8", 16), ("bf16", 8)])
+def test_bytes_are_within_2_percent_of_a_harvest(precision: str, divisor: int, demo: Path) -> None:
+    """From the config alone; and what a cache shows is what is called typical."""
+    cache = open_cache(harvest(demo, precision, divisor))
+    plan = ("plan", demo / "model", "--window", 4096, "--step-divisor", divisor, "--json")
+    for split in SPLITS:
+        told = json.loads(clt(*plan, "--tokens", len(cache[split])))["cache"][f"{precision}_bytes"]
+        assert told == pytest.approx(cache[split].bytes, rel=0.02), split
+    assert measure_coded(cache).code_bits == pytest.approx(TYPICAL[precision].code_bits, rel=0.02)
+
+
+@pytest.mark.slow
+def test_memory_is_within_10_percent_of_a_run(demo: Path, tmp_path: Path) -> None:
+    """The demo's transcoder of 259 M parameters under Adam, for two steps and the held-out numbers."""
+    cache = harvest(demo, "int8", 8)
+    options = ("--batch-tokens", 512, "--threads", 2)
+    _, peak = train_peak(cache, tmp_path / "run", *options, "--steps", 2, "--exclude", "bos,sink")
+    told = json.loads(clt("plan", demo / "model", "--cache", cache, *options, "--json"))
+    assert told["training"]["memory_adam"]["one_machine"] == pytest.approx(peak, rel=0.1)
