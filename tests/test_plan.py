@@ -160,12 +160,12 @@ def test_wrong_arguments_are_told(arguments: tuple[str, str], words: str, tmp_pa
         app(["plan", str(folder), *arguments], standalone_mode=False)
 
 
-WIDTH, LAYERS = 512, 2
+WIDTH, LAYERS = 512, 8
 
 
 @pytest.fixture(scope="module")
 def wide_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4,096 Gaussian tokens of 2 layers, without held-out ones."""
+    """4,096 Gaussian tokens of 8 layers, without held-out ones."""
     path = tmp_path_factory.mktemp("wide") / "c"
     manifest = Manifest(
         d_model=WIDTH,
@@ -191,11 +191,11 @@ def wide_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("optimizer", ["adam", "signum"])
 def test_memory_of_a_run_is_as_planned(wide_cache: Path, optimizer: str, tmp_path: Path) -> None:
     """Peak of the resident memory of `clt train` in a process of its own, within 10 %."""
-    options = ("--latents", 12288, "--batch-tokens", 512, "--steps", 3, "--threads", 2)
+    options = ("--latents", 4096, "--n-targets", 2, "--batch-tokens", 256, "--steps", 3, "--threads", 2)
     before, peak = train_peak(wide_cache, tmp_path / "run", *options, "--optimizer", optimizer)
     folder = write_config(tmp_path / "m", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS})
-    settings = SETTINGS | {"batch_tokens": 512, "threads": 2, "optimizer": optimizer}
-    plan = plan_of(str(folder), wide_cache, None, TranscoderConfig(latents=12288, n_targets=16), settings)
+    settings = SETTINGS | {"batch_tokens": 256, "threads": 2, "optimizer": optimizer}
+    plan = plan_of(str(folder), wide_cache, None, TranscoderConfig(latents=4096, n_targets=2), settings)
     found = {line.key: line.value for line in predict(plan)}[f"memory_{optimizer}"]["one_machine"]
-    assert peak == pytest.approx(found - PROCESS_BYTES + before, rel=0.1)
-    assert before == pytest.approx(PROCESS_BYTES, rel=0.25)  # it depends on the build of torch
+    assert peak == pytest.approx(found, rel=0.1)
+    assert 0.6 * PROCESS_BYTES < before < PROCESS_BYTES
