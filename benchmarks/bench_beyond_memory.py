@@ -138,11 +138,12 @@ def drop_after_use() -> None:
 
     def decode(self: Shard, slot: int, out: npt.NDArray[Any]) -> None:
         plain(self, slot, out)
-        start, size = self._index[slot].tolist()
+        start, size = self._place(slot)
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED, first, start + size - first)
-        os.posix_fadvise(self._descriptor, first, start + size - first, os.POSIX_FADV_DONTNEED)
+        with open(self.path, "rb") as file:
+            os.posix_fadvise(file.fileno(), first, start + size - first, os.POSIX_FADV_DONTNEED)
 
     Shard.decode = decode  # type: ignore[method-assign]
 

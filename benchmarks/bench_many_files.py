@@ -61,18 +61,22 @@ def make_cache(path: Path, windows: int) -> int:
     values = {site: rng.standard_normal((WINDOW, LAYERS, WIDTH), np.float32) for site in SITES}
     with CacheWriter(path, manifest) as writer:
         writer.add("train", 0, {"sample": 0, "id": "0"}, columns, values)
-    (first,) = open_cache(path)["train"].entries
-    data = {name: (path / name).read_bytes() for name in first.files}
+    return add_windows(path, windows, lambda old, new: new.write_bytes(old.read_bytes()))
+
+
+def add_windows(path: Path, windows: int, copy: Callable[[Path, Path], object]) -> int:
+    """Give a cache this many windows, the new ones of the first one's files; the number of files."""
+    cache = open_cache(path)
+    first, *more = cache["train"].entries
     with open(path / "journal.jsonl", "ab") as journal:
-        for window in range(1, windows):
+        for window in range(1 + len(more), windows):
             names = {name: re.sub(r"/c\.0", f"/c.{window}", name) for name in first.files}
-            for name, copy in names.items():
-                (path / copy).write_bytes(data[name])
-            files = {copy: first.files[name] for name, copy in names.items()}
-            entry = WindowEntry(**{**vars(first), "window": window, "files": files})
-            journal.write(window_line(entry))
+            for old, new in names.items():
+                copy(path / old, path / new)
+            files = {new: first.files[old] for old, new in names.items()}
+            journal.write(window_line(WindowEntry(**{**vars(first), "window": window, "files": files})))
         journal.write(final_line(first.logs))
-    Documents(path, manifest, 0).refresh()
+    Documents(path, cache.manifest, 0).refresh()
     return windows * len(first.files)
 
 

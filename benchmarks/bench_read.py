@@ -1,14 +1,18 @@
 """How fast a cache is read in random chunk order, beside the codec alone and beside other readers.
 
-    python benchmarks/bench_read.py [--tokens 4096] [--threads 2] [--repeats 5] [--folder DIR]
+    python benchmarks/bench_read.py [--tokens 4096] [--windows 2] [--threads 2] [--repeats 5] [--folder DIR]
 
 A cache of LLaVA-1.5-7B's width (32 layers x 4096 channels, int8, in and out) is written to a temporary
 folder with values of the demo model's shape (heavy tails by channel and by token; the bits a value are
 printed). Each reader then delivers every chunk once, codes and scales of both sites, in the same random order
 of chunks and in the same buffers. The limit decodes the same stored bytes, already in memory, with the same
 threads and nothing else. Rounds alternate between readers; shown is the median of the rounds' speeds, in
-bf16-equivalent bytes, and of their ratios to the limit in the same round. Cold: the kernel drops the files'
-pages first.
+bf16-equivalent bytes, and of their ratios to the limit in the same round; "CPU" is that ratio of the
+processor's seconds, which other work on the machine hardly changes. Cold: the kernel drops the files' pages
+first.
+
+With more --windows the first one's files appear under the names of further windows: where a cache has many,
+each chunk of a buffer lies in a shard of its own, and only --tokens of them are read.
 """
 
 import argparse
@@ -21,6 +25,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +33,9 @@ import numpy as np
 import numpy.typing as npt
 import tensorstore
 import zarr
+from bench_many_files import add_windows
 
-from clt.cache_format import CacheWriter, Manifest, layout, open_cache
+from clt.cache_format import CacheWriter, Manifest, open_cache
 from clt.cache_format.codec import decode_chunk
 from clt.cache_format.layout import CHUNK, SITES
 from clt.cache_format.summary import summarise_cache
@@ -58,6 +64,13 @@ class Setting(NamedTuple):
         return sum(len(chunks) for chunks in self.buffers) * CHUNK
 
 
+class Seconds(NamedTuple):
+    """Of an epoch."""
+
+    clock: float
+    cpu: float
+
+
 class Reader(NamedTuple):
     name: str
     open: Open
@@ -68,25 +81,28 @@ class Reader(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--windows", type=int, default=2, help="of the cache")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
     parser.add_argument("--only", help="readers whose name has this in it, and the limit")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        path = write_cache(Path(folder) / "llava.cache", asked.tokens)
-        source = Source([path], SPLIT)
-        order = ReadOrder(source.n_chunks, min(8192, asked.tokens // 2), seed=0)
-        buffers = [order.chunks(0, buffer) for buffer in range(order.n_buffers)]
+        path = write_cache(Path(folder) / "llava.cache", min(asked.windows, 2) * WINDOW, asked.windows)
+        source, size = Source([path], SPLIT), min(8192, asked.tokens // 2)
+        order = ReadOrder(source.n_chunks, size, seed=0)
+        buffers = [order.chunks(0, buffer) for buffer in range(asked.tokens // size)]
         setting = Setting(path, asked.threads, buffers)
         readers = [r for r in READERS if asked.only is None or asked.only in r.name or not r.cold]
+        if asked.windows > 2:  # links have no uncompressed copy
+            readers = [reader for reader in readers if reader.open is not raw_memmap]
         if any(reader.open is raw_memmap for reader in readers):
             write_raw(setting)
         check_equal(setting, readers)
         compare(setting, readers, asked.repeats)
 
 
-def write_cache(path: Path, n_tokens: int) -> Path:
+def write_cache(path: Path, n_tokens: int, windows: int) -> Path:
     """A cache whose channels and tokens differ in size as a language model's do."""
     manifest = Manifest(
         d_model=WIDTH,
@@ -105,9 +121,13 @@ def write_cache(path: Path, n_tokens: int) -> Path:
             size = np.exp(0.3 * rng.standard_normal((SAMPLE, LAYERS, 1), np.float32)) * channel
             values = {s: size * rng.standard_normal(size.shape, np.float32) for s in SITES}
             writer.add(SPLIT, number, {"sample": number, "id": str(number)}, columns(number), values)
-        writer.finish()
-    bits = summarise_cache(open_cache(path))["bits_per_value"]
-    print(f"{n_tokens} tokens, {LAYERS} layers x {WIDTH}, {bits:.2f} bits a value\n")
+        if windows * WINDOW == n_tokens:
+            writer.finish()
+    if windows * WINDOW > n_tokens:
+        add_windows(path, windows, lambda old, new: new.hardlink_to(old))
+    cache = open_cache(path)
+    shape = f"{len(cache[SPLIT])} tokens in {windows} windows, {LAYERS} layers x {WIDTH}"
+    print(f"{shape}, {summarise_cache(cache)['bits_per_value']:.2f} bits a value\n")
     return path
 
 
@@ -129,13 +149,13 @@ def limit(setting: Setting) -> Read:
     rows = source.allocate(max(map(len, setting.buffers)))
     split = open_cache(setting.path)[SPLIT]
     stored: dict[tuple[str, int, int], list[bytes]] = {}
-    places = split.chunk_places(np.arange(split.n_chunks))
-    for site in SITES:
-        for layer in range(LAYERS):
-            for chunk, (window, slot) in enumerate(zip(places.window, places.slot, strict=True)):
-                arrays = (layout.values_array(SPLIT, site), layout.scale_array(SPLIT, site))
-                names = [layout.shard_file(array, int(window), layer) for array in arrays]
-                stored[site, layer, chunk] = [bytes(split._shard(n).stored(int(slot))) for n in names]
+    wanted = np.concatenate(setting.buffers)
+    places = split.chunk_places(wanted)
+    numbered = list(zip(wanted.tolist(), places.window.tolist(), places.slot.tolist(), strict=True))
+    for site, layer in product(SITES, range(LAYERS)):
+        for chunk, window, slot in numbered:
+            ((_, shards, _),) = split.fetch(site, layer, [(window, slot, 0)]).wanted
+            stored[site, layer, chunk] = [bytes(shard.stored(slot)) for shard in shards]
 
     def decode(task: tuple[str, int, Array]) -> None:
         site, layer, chunks = task
@@ -265,43 +285,46 @@ def side_by_side(found: Any, chunks: Array) -> list[Array]:
 
 
 def compare(setting: Setting, readers: list[Reader], repeats: int) -> None:
-    warm = warm_seconds(setting, readers, repeats)
-    cold = cold_seconds(setting, [reader for reader in readers if reader.cold], repeats)
+    warm = warm_times(setting, readers, repeats)
+    cold = cold_times(setting, [reader for reader in readers if reader.cold], repeats)
     size = setting.n_tokens * LAYERS * WIDTH * len(SITES) * 2 / 1e9
-    print("| reader | warm GB/s | of the limit | cold GB/s |\n|---|---|---|---|")
+    print("| reader | warm GB/s | of the limit | CPU | cold GB/s |\n|---|---|---|---|---|")
     for reader in readers:
         own = warm[reader.name]
-        share = statistics.median(a / b for a, b in zip(warm[LIMIT.name], own, strict=True))
-        speed = size / statistics.median(own)
-        from_disk = f"{size / statistics.median(cold[reader.name]):.2f}" if reader.cold else "-"
-        print(f"| {reader.name} | {speed:.2f} | {share:.2f} | {from_disk} |", flush=True)
+        pairs = list(zip(warm[LIMIT.name], own, strict=True))
+        cells = [f"{size / statistics.median(time.clock for time in own):.2f}"]
+        cells.append(f"{statistics.median(a.clock / b.clock for a, b in pairs):.2f}")
+        cells.append(f"{statistics.median(a.cpu / b.cpu for a, b in pairs):.2f}")
+        from_disk = [time.clock for time in cold[reader.name]] if reader.cold else []
+        cells.append(f"{size / statistics.median(from_disk):.2f}" if from_disk else "-")
+        print(f"| {reader.name} | {' | '.join(cells)} |", flush=True)
 
 
-def warm_seconds(setting: Setting, readers: list[Reader], repeats: int) -> dict[str, list[float]]:
-    """Seconds of an epoch, by reader; files are open and in memory."""
+def warm_times(setting: Setting, readers: list[Reader], repeats: int) -> dict[str, list[Seconds]]:
+    """Of an epoch, by reader; files are open and in memory."""
     opened = {reader.name: reader.open(setting) for reader in readers}
     for read in opened.values():
-        epoch_seconds(setting, read)
-    rounds = [{name: epoch_seconds(setting, read) for name, read in opened.items()} for _ in range(repeats)]
+        epoch(setting, read)
+    rounds = [{name: epoch(setting, read) for name, read in opened.items()} for _ in range(repeats)]
     return {name: [one[name] for one in rounds] for name in opened}
 
 
-def cold_seconds(setting: Setting, readers: list[Reader], repeats: int) -> dict[str, list[float]]:
-    """Seconds of an epoch, by reader; nothing is open (mapped pages cannot be dropped) or in memory."""
-    found: dict[str, list[float]] = {reader.name: [] for reader in readers}
+def cold_times(setting: Setting, readers: list[Reader], repeats: int) -> dict[str, list[Seconds]]:
+    """Of an epoch, by reader; nothing is open (mapped pages cannot be dropped) or in memory."""
+    found: dict[str, list[Seconds]] = {reader.name: [] for reader in readers}
     for _ in range(repeats):
         for reader in readers:
             gc.collect()
             drop_pages(setting.path.parent)
-            found[reader.name].append(epoch_seconds(setting, reader.open(setting)))
+            found[reader.name].append(epoch(setting, reader.open(setting)))
     return found
 
 
-def epoch_seconds(setting: Setting, read: Read) -> float:
-    began = time.perf_counter()
+def epoch(setting: Setting, read: Read) -> Seconds:
+    began, worked = time.perf_counter(), time.process_time()
     for chunks in setting.buffers:
         read(chunks)
-    return time.perf_counter() - began
+    return Seconds(time.perf_counter() - began, time.process_time() - worked)
 
 
 def drop_pages(folder: Path) -> None:

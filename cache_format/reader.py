@@ -4,10 +4,9 @@
 reads no activations. A split's tokens are counted 0..len-1 in the order on disk.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from .files import checksum
 from .journal import Journal, WindowEntry, check_windows, read_journal
 from .manifest import Manifest
 from .metadata import ROOT
-from .shard import Shard, shards_at_a_time
+from .open_shards import Fetched, OpenShards, Place
 from .statistics import SiteSums, Statistics, group_mask, summarise
 from .stored import missing_files, read_array, read_log, read_site_sums
 from .stored import read_manifest as read_manifest
@@ -120,7 +119,8 @@ class Split:
         sizes = np.array([entry.tokens for entry in self.entries], np.int64)
         self._token_ends = np.cumsum(sizes)
         self._chunk_ends = np.cumsum(-(-sizes // layout.CHUNK))
-        self._shard = lru_cache(maxsize=shards_at_a_time())(self._open_shard)
+        self._windows = np.array([entry.window for entry in self.entries], np.int64)
+        self._shards = OpenShards(cache.path, name, cache.manifest, cache.io)
 
     def __len__(self) -> int:
         return int(self._token_ends[-1]) if len(self._token_ends) else 0
@@ -141,31 +141,13 @@ class Split:
         first = np.concatenate([[0], self._token_ends])[nth]
         slot = chunks - before
         start = first + slot * layout.CHUNK
-        window = np.array([entry.window for entry in self.entries], np.int64)[nth]
-        return ChunkPlace(window, slot, np.minimum(layout.CHUNK, self._token_ends[nth] - start), start)
+        return ChunkPlace(
+            self._windows[nth], slot, np.minimum(layout.CHUNK, self._token_ends[nth] - start), start
+        )
 
-    def decode(
-        self,
-        site: str,
-        layer_index: int,
-        places: Iterable[tuple[int, int]],
-        codes: npt.NDArray[Any],
-        scale: npt.NDArray[np.float16] | None = None,
-    ) -> None:
-        """Stored numbers of the chunks at (window, slot), side by side; arrays are contiguous.
-
-        codes: (chunk * CHUNK, d_model) int8 or uint16; scale: (chunk * CHUNK, block), int8 only. Thread-safe.
-        Raises DamagedCacheError with file, window, layer and site.
-        """
-        shards: dict[int, list[Shard]] = {}
-        arrays = [codes] if scale is None else [codes, scale]
-        for at, (window, slot) in enumerate(places):
-            part = slice(at * layout.CHUNK, (at + 1) * layout.CHUNK)
-            with self._naming(site, layer_index, window):
-                if window not in shards:
-                    shards[window] = self._shards(site, layer_index, window)
-                for shard, array in zip(shards[window], arrays, strict=True):
-                    shard.decode(slot, array[part])
+    def fetch(self, site: str, layer_index: int, places: Iterable[Place], *, ask: bool = True) -> Fetched:
+        """Open the shards of the chunks at `places`, and ask the system for their bytes; see `OpenShards`."""
+        return self._shards.fetch(site, layer_index, places, ask=ask)
 
     def read(
         self, site: str, *, layers: Sequence[int] | None = None, start: int = 0, stop: int | None = None
@@ -237,45 +219,15 @@ class Split:
         return sums, count
 
     def _values(self, site: str, layer_index: int, window: int, slot: int) -> Floats:
-        place = [(window, slot)]
+        chunk = self.fetch(site, layer_index, [(window, slot, 0)], ask=False)
         if self.manifest.precision == "bf16":
             bits = np.empty((layout.CHUNK, self.manifest.d_model), np.uint16)
-            self.decode(site, layer_index, place, bits)
+            chunk.decode(bits)
             return from_bf16_bits(bits)
         codes = np.empty((layout.CHUNK, self.manifest.d_model), np.int8)
         scale = np.empty((layout.CHUNK, self.manifest.n_blocks), np.float16)
-        self.decode(site, layer_index, place, codes, scale)
+        chunk.decode(codes, scale)
         return dequantise(codes, scale)
-
-    def will_need(self, site: str, layer_index: int, places: Iterable[tuple[int, int]]) -> None:
-        """Have the kernel fetch the chunks at (window, slot), which `decode` will be asked for soon."""
-        slots: dict[int, list[int]] = {}
-        for window, slot in places:
-            slots.setdefault(window, []).append(slot)
-        for window, wanted in slots.items():
-            with self._naming(site, layer_index, window):  # the index may be what is damaged
-                for shard in self._shards(site, layer_index, window):
-                    shard.will_need(wanted)
-
-    @contextmanager
-    def _naming(self, site: str, layer_index: int, window: int) -> Iterator[None]:
-        """Say in a DamagedCacheError from inside where it is."""
-        try:
-            yield
-        except DamagedCacheError as fault:
-            layer = self.manifest.layers[layer_index]
-            where = f"split {self.name}, window {window}, layer {layer}, site {site}"
-            raise DamagedCacheError(f"{where}: {fault}") from fault
-
-    def _shards(self, site: str, layer_index: int, window: int) -> list[Shard]:
-        """Codes, and for int8 their scales."""
-        arrays = [layout.values_array(self.name, site)]
-        if self.manifest.precision == "int8":
-            arrays.append(layout.scale_array(self.name, site))
-        return [self._shard(layout.shard_file(array, window, layer_index)) for array in arrays]
-
-    def _open_shard(self, name: str) -> Shard:
-        return Shard(self.cache.path / name, self.manifest.chunks_per_window, self.cache.io)
 
 
 def open_cache(path: str | Path, *, io: str = "mmap", check: bool = True) -> Cache:

@@ -6,7 +6,7 @@ Zarr's `sharding_indexed` layout: chunk bytes in token order, then for each chun
 
 import mmap
 import os
-import resource
+import struct
 import threading
 import weakref
 from collections.abc import Iterable, Sequence
@@ -21,12 +21,9 @@ from .codec import decode_chunk
 from .errors import DamagedCacheError
 
 _ABSENT = np.uint64(2**64 - 1)
+_PLACE = struct.Struct("<QQ")
+_NOWHERE = (2**64 - 1, 2**64 - 1)
 _LOCAL = threading.local()
-OPEN_SHARDS = 4096
-"""Shards that a split keeps open at most; maps are limited by the system (65,530 on Linux)."""
-SHARE_OF_FILES = 8
-"""A split keeps one shard open for this many files that the process may open: a mapped shard takes two, and
-several caches may be open."""
 
 
 def build_shard(chunks: Sequence[bytes], slots: int) -> bytes:
@@ -44,9 +41,14 @@ def index_bytes(slots: int) -> int:
     return 16 * slots + 4
 
 
+def index_is_sound(stored: bytes) -> bool:
+    """Whether its crc32c matches."""
+    return bool(crc32c(stored[:-4]) == int.from_bytes(stored[-4:], "little"))
+
+
 def parse_index(stored: bytes, body: int) -> npt.NDArray[np.uint64]:
     """(slot, 2): offset and size of each chunk in the `body` bytes before the index; 0, 0 where absent."""
-    if crc32c(stored[:-4]) != int.from_bytes(stored[-4:], "little"):
+    if not index_is_sound(stored):
         raise DamagedCacheError("the index's crc32c does not match")
     index = np.frombuffer(stored[:-4], "<u8").reshape(-1, 2).copy()
     index[(index == _ABSENT).all(axis=1)] = 0
@@ -57,70 +59,85 @@ def parse_index(stored: bytes, body: int) -> npt.NDArray[np.uint64]:
 
 
 class Shard:
-    """An open shard: the index is checked once, chunks are decoded where they lie.
+    """An open shard: the index's checksum is looked at once, chunks are decoded where they lie.
 
     `io` is "mmap" (decode from the page cache without a copy) or "pread" (one read a chunk; for network
-    file systems, where page faults are slow). Thread-safe. Memory: the index, 16 bytes a chunk.
+    file systems, where page faults are slow). Thread-safe. Takes one file of those that a process may open,
+    and as memory the index, 16 bytes a chunk.
     """
 
-    def __init__(self, path: Path, slots: int, io: str = "mmap") -> None:
+    def __init__(self, path: str | Path, slots: int, io: str = "mmap") -> None:
         self.path = path
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise DamagedCacheError(f"{path} is missing; copy it again or harvest again") from None
-        weakref.finalize(self, os.close, descriptor)
+        close = weakref.finalize(self, os.close, descriptor)
         size = os.fstat(descriptor).st_size
-        if size < index_bytes(slots):
+        self._body = size - index_bytes(slots)
+        if self._body < 0:
             raise DamagedCacheError(
                 f"{path} is cut short: {size} bytes cannot hold an index of {slots} chunks"
             )
         self._descriptor = descriptor
         self._map: mmap.mmap | None = None
+        self._index = bytes(self._bytes(self._body, index_bytes(slots)))
+        if not index_is_sound(self._index):
+            raise DamagedCacheError(f"{path}: the index's crc32c does not match; copy the file again")
         if io == "mmap":
             self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
             self._map.madvise(mmap.MADV_RANDOM)  # no reading around a fault: `will_need` says what comes
-        self._index = self._read_index(size, slots)
+            close()  # the map has its own
 
     def decode(self, slot: int, out: npt.NDArray[Any]) -> None:
         """Fill the contiguous array `out` with chunk `slot`; DamagedCacheError names file and chunk."""
+        stored = self.stored(slot)
         try:
-            decode_chunk(self.stored(slot), out)
+            decode_chunk(stored, out)
         except DamagedCacheError as fault:
             raise DamagedCacheError(f"{self.path}, chunk {slot}: {fault}; copy the file again") from fault
 
     def stored(self, slot: int) -> memoryview:
         """Stored bytes of chunk `slot`, unchecked; valid until this thread's next call."""
-        start, size = self._index[slot].tolist()
-        if size == 0:
-            raise DamagedCacheError(f"{self.path}, chunk {slot}: was never written")
-        return self._bytes(start, size)
+        return self._bytes(*self._place(slot))
 
     def will_need(self, slots: Iterable[int]) -> None:
         """Have the kernel fetch these chunks while others are decoded; costs little where it has them."""
         for slot in slots:
-            start, size = self._index[slot].tolist()
-            os.posix_fadvise(self._descriptor, start, size, os.POSIX_FADV_WILLNEED)
+            start, size = self._place(slot)
+            if self._map is None:
+                os.posix_fadvise(self._descriptor, start, size, os.POSIX_FADV_WILLNEED)
+            else:
+                page = start - start % mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
-    def chunk_sizes(self) -> npt.NDArray[np.int64]:
-        """Stored bytes of each chunk, 0 where absent."""
-        return self._index[:, 1].astype(np.int64)
+    def _place(self, slot: int) -> tuple[int, int]:
+        """(offset, bytes) of a chunk, inside the file."""
+        start, size = _PLACE.unpack_from(self._index, slot * _PLACE.size)
+        if size == 0 or (start, size) == _NOWHERE:
+            raise DamagedCacheError(f"{self.path}, chunk {slot}: was never written; copy the file again")
+        if start + size > self._body:
+            raise DamagedCacheError(f"{self.path}, chunk {slot}: the index points outside the file")
+        return start, size
 
     def _bytes(self, start: int, size: int) -> memoryview:
         if self._map is not None:
             return memoryview(self._map)[start : start + size]
-        data = _scratch(size)
-        found = os.preadv(self._descriptor, [data], start)
-        if found != size:
-            raise DamagedCacheError(f"expected {size} bytes at {start}, read {found}")
+        data, found = _scratch(size), 0
+        while found < size:
+            read = self._read(data[found:], start + found)
+            if not read:
+                raise DamagedCacheError(
+                    f"{self.path} is cut short: expected {size} bytes at {start}, read {found}"
+                )
+            found += read
         return data
 
-    def _read_index(self, file_size: int, slots: int) -> npt.NDArray[np.uint64]:
-        body = file_size - index_bytes(slots)
+    def _read(self, room: memoryview, start: int) -> int:
         try:
-            return parse_index(bytes(self._bytes(body, index_bytes(slots))), body)
-        except DamagedCacheError as fault:
-            raise DamagedCacheError(f"{self.path}: {fault}; copy the file again") from None
+            return os.preadv(self._descriptor, [room], start)
+        except OSError as fault:
+            raise DamagedCacheError(f"{self.path}: cannot be read: {fault.strerror}") from fault
 
 
 def _scratch(size: int) -> memoryview:
@@ -128,9 +145,3 @@ def _scratch(size: int) -> memoryview:
     if len(getattr(_LOCAL, "scratch", b"")) < size:
         _LOCAL.scratch = bytearray(size + size // 2)
     return memoryview(_LOCAL.scratch)[:size]
-
-
-def shards_at_a_time() -> int:
-    """How many a split may keep open."""
-    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(OPEN_SHARDS, allowed // SHARE_OF_FILES)

@@ -53,15 +53,15 @@ def test_chunk_places_partition_the_tokens(tiny: Any) -> None:
 
 @IO
 def test_chunks_decode_to_what_read_gives(tiny: Any, io: str) -> None:
-    """decode delivers the stored numbers of chunks side by side, padded rows being zero."""
+    """Stored numbers go to the places that were named, padded rows being zero."""
     split = open_cache(tiny.path, io=io)["val"]
     whole = split.read("mlp_out", layers=[2])[:, 0]
     chunks = np.random.default_rng(0).permutation(split.n_chunks)
     places = split.chunk_places(chunks)
     codes = np.empty((len(chunks) * CHUNK, 80), np.int8)
     scale = np.empty((len(chunks) * CHUNK, 2), np.float16)
-    where = zip(places.window.tolist(), places.slot.tolist(), strict=True)
-    split.decode("mlp_out", 1, where, codes, scale)
+    where = zip(places.window.tolist(), places.slot.tolist(), range(len(chunks)), strict=True)
+    split.fetch("mlp_out", 1, where).decode(codes, scale)
     values = codes * np.repeat(scale.astype(np.float32), 64, axis=1)[:, :80]
     for at, (tokens, start) in enumerate(zip(places.tokens.tolist(), places.start.tolist(), strict=True)):
         first = at * CHUNK

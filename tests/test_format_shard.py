@@ -1,5 +1,7 @@
 """One shard file: its index, absent chunks, damage, and both ways to read it."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,11 +64,12 @@ def test_the_layout_is_zarrs() -> None:
 
 @IO
 def test_an_absent_chunk_is_damage(put: Callable[[bytes], Path], io: str) -> None:
-    """A slot that was never written has size 0 and cannot be read."""
+    """A slot that was never written cannot be read, nor asked for."""
     shard = Shard(put(DATA), 4, io)
-    assert shard.chunk_sizes().tolist() == [*(len(encode_chunk(c)) for c in CHUNKS), 0]
     with pytest.raises(DamagedCacheError, match=r"c\.0\.0\.0, chunk 3: was never written"):
         decoded(shard, 3)
+    with pytest.raises(DamagedCacheError, match=r"c\.0\.0\.0, chunk 3: was never written"):
+        shard.will_need([3])
 
 
 @IO
@@ -106,14 +109,43 @@ def test_any_flipped_bit_is_found(put: Callable[[bytes], Path], io: str) -> None
         assert wrong <= 1
 
 
+def test_a_disk_that_fails_is_named(put: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's error has no file in it: at open and at a chunk, ours does."""
+    path, shard = put(DATA), Shard(put(DATA), 4, "pread")
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    for use in (lambda: Shard(path, 4), lambda: decoded(shard, 0)):
+        with pytest.raises(DamagedCacheError, match=r"c\.0\.0\.0: cannot be read: Input/output error"):
+            use()
+
+
+def test_short_reads_are_continued(put: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system may give fewer bytes than it has; a file that lost its end gives none."""
+    path = put(DATA)
+    plain = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, buffers, at: plain(file, [buffers[0][:7]], at))
+    shard = Shard(path, 4, "pread")
+    np.testing.assert_array_equal(decoded(shard, 1), CHUNKS[1])
+    os.truncate(path, 5)
+    with pytest.raises(DamagedCacheError, match=r"c\.0\.0\.0 is cut short: expected \d+ bytes at 0, read 5"):
+        decoded(shard, 0)
+
+
 @pytest.mark.parametrize(
     "place", [(0, 2**63), (2**64 - 1, 5), (10**6, 1), (0, 10**6), (2**64 - 8, 16), (3, 2**64 - 2)]
 )
 def test_an_index_that_points_outside_is_damage(put: Callable[[bytes], Path], place: tuple[int, int]) -> None:
     """Also where offset + size wraps around 2**64; nothing is read or allocated there."""
     path = put(b"x" * 40 + footer(np.array([place], np.uint64)))
-    with pytest.raises(DamagedCacheError, match="points outside the file"):
-        Shard(path, 1)
+    shard = Shard(path, 1)
+    for use in (lambda: decoded(shard, 0), lambda: shard.will_need([0])):
+        with pytest.raises(
+            DamagedCacheError, match=r"c\.0\.0\.0, chunk 0: the index points outside the file"
+        ):
+            use()
 
 
 @IN_ONE_FOLDER

@@ -13,6 +13,7 @@ import pytest
 from planted import write_planted
 
 from clt.cache_format import DamagedCacheError
+from clt.cache_format.open_shards import Fetched
 from clt.train.reader import Reader
 from clt.train.source import Rows, Source
 
@@ -105,17 +106,16 @@ def test_what_lies_before_the_damage_is_read_and_the_damage_stays_an_error(damag
 
 def test_a_failed_fill_leaves_no_task_behind(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that decodes on while another fails would write into a buffer that is filled anew."""
-    source = Source([whole], "train")
-    split, running = source._splits[0], []
+    source, running = Source([whole], "train"), []
 
-    def decode(site: str, layer_index: int, *_: object) -> None:
-        if (site, layer_index) == ("mlp_in", 1):
+    def decode(self: Fetched, *_: object) -> None:
+        if self.where[1] == "layer 1, site mlp_in":
             raise DamagedCacheError("broken")
-        running.append(site)
+        running.append(self)
         time.sleep(0.2)
         running.pop()
 
-    monkeypatch.setattr(split, "decode", decode)
+    monkeypatch.setattr(Fetched, "decode", decode)
     with ThreadPoolExecutor(3) as pool:
         with pytest.raises(DamagedCacheError, match="broken"):
             source.fill(source.allocate(2), np.arange(2), pool)
@@ -141,6 +141,7 @@ def test_leaving_does_not_wait_for_what_is_queued(whole: Path, monkeypatch: pyte
 
     with Reader(source, buffer_tokens=256, seed=0, threads=2) as reader:
         reader.next(10)
+        reader._ahead.result()  # the next fill is the one that follows, and no fill has begun it
         monkeypatch.setattr(Source, "fill", fill)
         reader.next(300)
         ahead = reader._ahead

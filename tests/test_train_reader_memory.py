@@ -17,7 +17,8 @@ import json, os, re, resource, sys, threading
 from pathlib import Path
 import numpy, torch
 from clt.train.reader import Reader
-from clt.train.source import FETCHERS, Source
+from clt.train.read_ahead import FETCHERS
+from clt.train.source import Source
 
 def status(name):
     return int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

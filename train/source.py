@@ -1,9 +1,11 @@
 """What a run reads from: one split of one or several caches of one identity, as one row of chunks."""
 
 import os
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
 from functools import cached_property
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +14,10 @@ import numpy.typing as npt
 
 from ..cache_format import Cache, CacheError, Manifest, open_cache
 from ..cache_format.layout import CHUNK, KINDS, SITES, window_files
-from ..cache_format.shard import OPEN_SHARDS
+from ..cache_format.open_shards import KEPT, Fetched, Place
 from ..cache_format.statistics import SiteSums, Statistics, group_mask, summarise
 from .order import Ints
+from .read_ahead import WINDOWS_AT_ONCE, Portion, read_ahead
 from .selection import Selection
 
 SAME = 1e-6
@@ -24,10 +27,6 @@ _FILE_BYTES = 512
 """A file's line in the journal, as Python objects."""
 _SHARD_BYTES = 4096
 """An open shard's map, path and table entries, as Python objects."""
-
-
-FETCHERS = 8
-"""Threads that open shards and ask the kernel for chunks before they are decoded; they wait for the disk."""
 
 
 class NoTokensError(CacheError):
@@ -148,49 +147,43 @@ class Source:
         return Rows(codes, {site: np.empty((*shape, blocks), np.float16) for site in SITES})
 
     def fill(self, rows: Rows, chunks: Ints, pool: Executor) -> None:
-        """Decode `chunks` side by side into `rows`; one task for each site and layer."""
+        """Decode `chunks` side by side into `rows`, with the threads of `pool`."""
+
+        def fetch(portion: Portion) -> Fetched:
+            index = self._layer_indexes[portion.layer]
+            return self._splits[portion.cache].fetch(portion.site, index, portion.chunks)
+
+        def decode(portion: Portion, fetched: Fetched) -> None:
+            codes, scale = (part[portion.site] for part in rows)
+            int8 = self.manifest.precision == "int8"
+            fetched.decode(codes[portion.layer], scale[portion.layer] if int8 else None)
+
+        read_ahead(self._portions(chunks), fetch, decode, pool)
+
+    def _portions(self, chunks: Ints) -> Iterator[Portion]:
+        """The chunks of every site and layer, by cache and window."""
         owner, local = self._owners(chunks)
-        windows, slots = np.empty((2, len(chunks)), np.int64)
-        for number, split in enumerate(self._splits):
-            mine = owner == number
-            windows[mine], slots[mine] = split.chunk_places(local[mine])[:2]
-        places = list(zip(windows.tolist(), slots.tolist(), strict=True))
-        tasks = [(site, place) for site in SITES for place in range(len(self.layers))]
-        runs = _runs(owner)
-
-        def will_need(task: tuple[str, int]) -> None:
-            site, place = task
-            for owner, first, end in runs:
-                self._splits[owner].will_need(site, self._layer_indexes[place], places[first:end])
-
-        def decode(task: tuple[str, int]) -> None:
-            site, place = task
-            codes, scale = rows.codes[site][place], rows.scales[site][place]
-            for owner, first, end in runs:
-                part = slice(first * CHUNK, end * CHUNK)
-                steps = scale[part] if self.manifest.precision == "int8" else None
-                index = self._layer_indexes[place]
-                self._splits[owner].decode(site, index, places[first:end], codes[part], steps)
-
-        running: list[Future[None]] = []
-        with ThreadPoolExecutor(FETCHERS, "clt-fetch") as fetchers:
-            fetched = [fetchers.submit(will_need, task) for task in tasks]
-            try:
-                for task, ready in zip(tasks, fetched, strict=True):
-                    ready.result()
-                    running.append(pool.submit(decode, task))
-                for future in running:
-                    future.result()
-            finally:  # where one fails the rest is cancelled, and none runs on when this raises
-                wait([future for future in (*fetched, *running) if not future.cancel()])
+        parts: list[tuple[int, list[Place]]] = []
+        for cache, split in enumerate(self._splits):
+            mine = np.flatnonzero(owner == cache)
+            windows, slots = split.chunk_places(local[mine])[:2]
+            by_window: dict[int, list[Place]] = defaultdict(list)
+            for place in zip(windows.tolist(), slots.tolist(), mine.tolist(), strict=True):
+                by_window[place[0]].append(place)
+            ordered = [by_window[window] for window in sorted(by_window)]
+            for first in range(0, len(ordered), WINDOWS_AT_ONCE):
+                parts.append((cache, [*chain(*ordered[first : first + WINDOWS_AT_ONCE])]))
+        for site, layer in product(SITES, range(len(self.layers))):
+            for cache, places in parts:
+                yield Portion(cache, site, layer, places)
 
     def memory_bytes(self) -> int:
         """At most: seven bytes a token for kind, sink, sample and whether it counts, eight more as they are
-        read; the journals; and an index for each shard of the layers in use, as far as they stay open.
+        read; the journals; and an index for each shard of the layers in use, as far as they are open.
         """
         windows = [entry for cache in self.caches for log in cache.journals for entry in log.windows]
         shards = len(window_files(self.split, 0, len(self.layers), self.manifest.precision == "int8"))
-        held = sum(min(OPEN_SHARDS, shards * len(split.entries)) for split in self._splits)
+        held = min(2 * KEPT, sum(shards * len(split.entries) for split in self._splits))
         indexes = held * (16 * self.manifest.chunks_per_window + _SHARD_BYTES)
         return 15 * len(self.kind) + sum(len(entry.files) for entry in windows) * _FILE_BYTES + indexes
 
@@ -247,12 +240,6 @@ class Source:
             np.add(column, np.int32(offset), out=distinct[start : start + len(column)])
             start, offset = start + len(column), offset + int(column.max(initial=-1)) + 1
         return distinct
-
-
-def _runs(owner: Ints) -> list[tuple[int, int, int]]:
-    """(owner, first, end) of each stretch of chunks of one cache."""
-    ends = [*np.flatnonzero(np.diff(owner)) + 1, len(owner)]
-    return [(int(owner[end - 1]), first, int(end)) for first, end in zip([0, *ends], ends, strict=False)]
 
 
 def has_variance(part: Statistics, whole: Statistics) -> bool:
