@@ -13,6 +13,8 @@ from test_train_loop import configure, lines
 from test_train_report import cut_short
 
 from clt.train.loop import train
+from clt.train.sweep import sweep
+from clt.train.sweep_file import Entry
 from clt.train.wandb_run import WandbRun
 
 BLOCK, HEADER, FILE_HEADER = 32768, 7, 7
@@ -83,6 +85,17 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(cache: Path, tmp_path: Path
     assert len(before) == 4
     files = config.run.glob("wandb/offline-run-*/*.wandb")
     assert {path.stem for path in files} == {f"run-{(config.run / 'wandb' / 'id').read_text()}"}
+
+
+def test_the_runs_of_a_sweep_log_apart(cache: Path, tmp_path: Path, offline: Any) -> None:
+    names = ["low", "high"]
+    configs = [
+        configure(cache, tmp_path / "sweep" / name, steps=2, log_to_wandb=True, lr=lr)
+        for name, lr in zip(names, (1e-3, 1e-2), strict=True)
+    ]
+    sweep(tmp_path / "sweep", [Entry(name, {}) for name in names], configs, resume=False)
+    for config in configs:
+        assert logged(config.run) == [lines(config.run)]
 
 
 def test_wandb_is_told_the_settings_and_the_name(cache: Path, tmp_path: Path, offline: Any) -> None:

@@ -38,6 +38,7 @@ class WandbRun:
                 dir=config.run,
                 config=config.to_json(),
                 resume="allow",
+                reinit="create_new",  # a sweep's runs log side by side
             )
         except wandb.Error as fault:
             raise ValueError(
