@@ -3,10 +3,10 @@
     python benchmarks/bench_sweep.py [CACHE] [--steps 8] [--batch-tokens 1024] [--latents 288] [--repeats 3]
 
 Without CACHE, one of SmolLM2's width (8 layers x 576, int8, random numbers) is written to a temporary folder.
-Both ways write the same run folders, whose tensors are compared; they take turns, so that a busy machine slows
-both. Bytes are those read from the cache's shards, held-out tokens included. Shown too: what share of the
-sweep's seconds goes into making values of stored numbers, once for each run; no more than that could be saved by
-sharing the standardised values as well.
+Both ways write the same run folders, whose tensors are compared; they take turns, so that a busy machine
+slows both. Bytes are those read from the cache's shards, held-out tokens included. Shown too: what share of
+the sweep's seconds goes into making values of stored numbers, once for each run; no more than that could be
+saved by sharing the standardised values as well.
 """
 
 import argparse
@@ -93,11 +93,10 @@ def compare(options: dict[str, Any], entries: list[Entry], folder: Path, repeats
     ours, theirs = costs.values()
     ratios = [b.seconds / a.seconds for a, b in zip(ours, theirs, strict=True)]
     share = statistics.median(cost.values / cost.seconds for cost in ours)
-    print(
-        f"\nthe sweep is faster by {statistics.median(ratios):.2f}x and reads "
-        f"1/{theirs[0].read / ours[0].read:.2f}; {share:.1%} of its seconds make values of stored numbers, {1 - 1 / len(entries):.0%} of which is "
-        "what sharing them could save"
-    )
+    less = theirs[0].read / ours[0].read
+    faster = statistics.median(ratios)
+    print(f"\nthe sweep is faster by {faster:.2f}x and reads 1/{less:.2f}; {share:.1%} of its seconds make")
+    print("values of stored numbers")
 
 
 @contextmanager
