@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from google_crc32c import extend, value
 
 from . import layout
 from .codec import Floats, dequantise, from_bf16_bits
@@ -83,12 +84,16 @@ class Cache:
         """Every writer has finished."""
         return all(journal.complete for journal in self.journals)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with the manifest and with every committed byte."""
-        parts = [self.manifest.canonical()]
-        parts += [repr(entry.files) for journal in self.journals for entry in journal.windows]
-        return checksum("\n".join(parts).encode()) + checksum("".join(parts[::-1]).encode())
+        manifest, windows = self.manifest.canonical().encode(), self.windows
+        down, up = value(manifest), 0
+        for entry in windows:
+            down = extend(down, f"\n{entry.files!r}".encode())
+        for entry in reversed(windows):
+            up = extend(up, repr(entry.files).encode())
+        return f"{down:08x}{extend(up, manifest):08x}"
 
     @cached_property
     def _splits(self) -> dict[str, "Split"]:
@@ -188,6 +193,11 @@ class Split:
         for entry in self.entries:
             path = layout.window_file(layout.token_array(self.name, name), entry.window, 1)
             parts.append(read_array(self.cache.path, path, (self.manifest.window,), dtype)[: entry.tokens])
+            if name == "kind" and parts[-1].max() >= len(layout.KINDS):
+                raise DamagedCacheError(
+                    f"{self.cache.path / path}: expected kinds below {len(layout.KINDS)}, "
+                    f"found {parts[-1].max()}; copy it again"
+                )
         return np.concatenate(parts)
 
     def counts(self) -> dict[str, int]:

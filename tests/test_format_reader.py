@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clt.cache_format import CacheError, DamagedCacheError, open_cache
+from clt.cache_format.codec import encode_chunk
 from clt.cache_format.layout import CHUNK, SITES
 
 ONE_CACHE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
@@ -180,6 +181,21 @@ def test_the_fingerprint_follows_the_content(make_cache: Callable[..., Any]) -> 
     prints = [open_cache(path).fingerprint for path in (*same, *other)]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 4
+
+
+def test_fingerprints_never_change() -> None:
+    """Checkpoints name the caches that they were read from by them."""
+    golden = Path(__file__).parent / "golden"
+    assert open_cache(golden / "int8").fingerprint == "d4b740cae6bebb90"
+    assert open_cache(golden / "bf16").fingerprint == "ab5946bd1cddd14f"
+
+
+def test_a_kind_that_there_is_not_is_damage(tiny: Any) -> None:
+    """The statistics have no group for it."""
+    path = tiny.path / "train/token/kind/c.0"
+    path.write_bytes(encode_chunk(np.full(tiny.manifest.window, 4, np.uint8)))
+    with pytest.raises(DamagedCacheError, match=r"token/kind/c.0: expected kinds below 4, found 4"):
+        open_cache(tiny.path, check=False)["train"].tokens()
 
 
 def test_an_altered_log_is_refused(tiny: Any) -> None:

@@ -219,6 +219,32 @@ def test_state_of_another_cache_seed_or_buffer_is_refused(
         other.restore(state)
 
 
+@pytest.mark.parametrize(
+    "place", [{"epoch": -1}, {"buffer": 7}, {"buffer": "1"}, {"offset": 129}, {"offset": 100}]
+)
+def test_a_state_that_stands_nowhere_is_refused(tmp_path: Path, place: dict[str, Any]) -> None:
+    """Numbers that no reader writes, as in an altered checkpoint; never tokens that were not read."""
+    selection = Selection(exclude=("image",))  # a third of each buffer
+    source = Source([write_cache(tmp_path / "c", 777, 128)], "train", selection=selection)
+
+    def go_on(reader: Reader) -> None:
+        reader.restore(reader.state() | place)
+        reader.next(1)
+
+    ((name, found),) = place.items()
+    with (
+        Reader(source, buffer_tokens=128, seed=1) as reader,
+        pytest.raises(ValueError, match=f"{name}: expected .*, found {found!r}"),
+    ):
+        go_on(reader)
+
+
+def test_a_cache_that_is_named_twice_is_refused(caches: Callable[[int, int], Path]) -> None:
+    path = caches(300, 128)
+    with pytest.raises(CacheError, match=r"expected each cache once, found .*300-128 twice"):
+        Source([path, path / ".." / path.name], "train")
+
+
 def test_several_caches_are_read_as_one(tmp_path: Path) -> None:
     """Each token of both once an epoch; samples stay distinct; another identity is refused."""
     first, second = write_cache(tmp_path / "a", 300), write_cache(tmp_path / "b", 200, seed=1)

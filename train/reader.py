@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..cache_format.layout import BLOCK, CHUNK
+from ..cache_format.manifest import parse_int
 from .memory import read_memory
 from .order import Ints, ReadOrder
 from .source import Rows, Source, default_threads
@@ -163,7 +164,8 @@ class Reader:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state` was taken; the current buffer is decoded again.
 
-        Raises ValueError where it was taken from another cache, split, selection, seed, order or buffer size.
+        Raises ValueError where it was taken from another cache, split, selection, seed, order or buffer size, or
+        stands where no reader stands.
         """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
@@ -174,7 +176,9 @@ class Reader:
         if self._ahead is not None:
             wait([self._ahead])  # it may have failed; nothing may write into its room any more
         self._ahead = self._current = None
-        self.epoch, self.buffer, self.offset = (int(state[name]) for name in ("epoch", "buffer", "offset"))
+        most = {"epoch": 2**62, "buffer": self.order.n_buffers - 1, "offset": self.order.buffer_tokens}
+        numbers = (parse_int(state.get(name), name, 0, highest) for name, highest in most.items())
+        self.epoch, self.buffer, self.offset = numbers
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -192,6 +196,8 @@ class Reader:
             began = time.monotonic()
             ahead = self._ahead or self._filler.submit(self._fill, self.epoch, self.buffer)
             self._current = ahead.result()
+            if self.offset > len(self._current.place):
+                raise ValueError(f"offset: expected at most {len(self._current.place)}, found {self.offset}")
             self.waited += time.monotonic() - began
             self._ahead = self._filler.submit(self._fill, *self._following())
         return self._current

@@ -80,6 +80,7 @@ class Source:
         selection: Selection | None = None,
         io: str = "mmap",
     ) -> None:
+        _require_distinct(paths)
         self.caches = [open_cache(path, io=io) for path in paths]
         self.split, self.selection = split, selection or Selection()
         _require_same_identity(self.caches)
@@ -107,7 +108,7 @@ class Source:
     def n_chunks(self) -> int:
         return int(self._chunk_ends[-1])
 
-    @property
+    @cached_property
     def n_tokens(self) -> int:
         """Tokens that count."""
         return int(self.chosen.sum())
@@ -249,6 +250,14 @@ def has_variance(part: Statistics, whole: Statistics) -> bool:
 
 def default_threads() -> int:
     return min(16, len(os.sched_getaffinity(0)))
+
+
+def _require_distinct(paths: Sequence[Path]) -> None:
+    """A cache that is named twice would count twice."""
+    places = [path.resolve() for path in paths]
+    for path, place in zip(paths, places, strict=True):
+        if places.count(place) > 1:
+            raise CacheError(f"expected each cache once, found {path} twice")
 
 
 def _require_same_identity(caches: list[Cache]) -> None:
