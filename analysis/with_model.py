@@ -17,7 +17,8 @@ from torch import Tensor
 from ..cache_format.layout import KINDS
 from ..cache_format.window import SINK_RATIO
 from ..harvest.config import HarvestConfig
-from ..harvest.model import LoadedModel, find_hookpoints, load_model
+from ..harvest.mlps import find_hookpoints
+from ..harvest.model import LoadedModel, load_model
 from ..harvest.rows import open_rows
 from ..harvest.tokens import IMAGE, PreparedSample
 from ..progress import Progress

@@ -52,6 +52,10 @@ def harvest_command(
     batch_tokens: Annotated[int, typer.Option(help="tokens in one forward pass")] = 8192,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
     device: Annotated[str | None, typer.Option(help="[default: cuda where there is one]")] = None,
+    device_map: Annotated[
+        str | None, typer.Option(help="auto: over all devices, and host memory where they do not suffice")
+    ] = None,
+    load_in: Annotated[str | None, typer.Option(help="8bit or 4bit weights, by bitsandbytes")] = None,
     revision: Annotated[str | None, typer.Option(help="of a hub model")] = None,
     attn: Annotated[str | None, typer.Option(help="attention implementation")] = None,
     trust_remote_code: Annotated[

@@ -57,11 +57,23 @@ def collate(samples: list[PreparedSample]) -> Batch:
     length = max(sample.length for sample in samples)
     inputs: dict[str, Tensor] = {}
     for name in {name for sample in samples for name in sample.inputs}:
-        parts = [sample.inputs[name] for sample in samples if name in sample.inputs]
-        if name in SEQUENCE_INPUTS:
-            parts = [torch.nn.functional.pad(part, (0, length - part.shape[1])) for part in parts]
-        inputs[name] = torch.cat(parts)
+        if name in SEQUENCE_INPUTS:  # a sample without pictures may lack some: its tokens are all of type 0
+            blank = torch.zeros((1, length), dtype=torch.long)
+            parts = [sample.inputs.get(name, blank) for sample in samples]
+        else:
+            parts = [sample.inputs[name] for sample in samples if name in sample.inputs]
+        inputs[name] = torch.cat(_padded(parts))
     keep = np.zeros((len(samples), length), bool)
     for row, sample in zip(keep, samples, strict=True):
         row[: sample.length] = sample.keep
     return Batch(samples, inputs, torch.from_numpy(keep))
+
+
+def _padded(parts: list[Tensor]) -> list[Tensor]:
+    """Zeros behind each axis but the first, up to the longest: of tokens, and of a picture's tiles."""
+    shape = [max(sizes) for sizes in zip(*(part.shape[1:] for part in parts), strict=True)]
+    missing = [[most - here for here, most in zip(part.shape[1:], shape, strict=True)] for part in parts]
+    return [
+        torch.nn.functional.pad(part, [side for axis in reversed(gaps) for side in (0, axis)])
+        for part, gaps in zip(parts, missing, strict=True)
+    ]

@@ -6,6 +6,7 @@ from pathlib import Path
 INPUT_SITES = ("mlp_in", "resid_mid")
 PRECISIONS = ("int8", "bf16")
 ON_BAD_SAMPLE = ("skip", "fail")
+LOAD_IN = ("8bit", "4bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KINDS = ("text", "image", "bos", "template")
 
@@ -60,6 +61,10 @@ class HarvestConfig:
     """The model's numbers; auto: as its folder says."""
     device: str | None = None
     """None: cuda where there is one, else cpu."""
+    device_map: str | None = None
+    """`auto` spreads the model over all devices, and host memory where they do not suffice."""
+    load_in: str | None = None
+    """8bit or 4bit: weights that bitsandbytes rounds while it loads them; None: as `dtype` says."""
     revision: str | None = None
     """Of a hub model."""
     attn: str | None = None
@@ -81,6 +86,10 @@ class HarvestConfig:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("on-bad-sample", self.on_bad_sample, ON_BAD_SAMPLE)
         _one_of("dtype", self.dtype, DTYPES)
+        if self.load_in is not None:
+            _one_of("load-in", self.load_in, LOAD_IN)
+        if self.device is not None and self.device_map is not None:
+            raise ValueError("--device-map: expected no --device beside it, found both; leave one out")
         for kind in self.exclude:
             _one_of("exclude", kind, KINDS)
         for name, share in (

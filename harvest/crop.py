@@ -1,14 +1,11 @@
 """Which part of a picture the model saw: the box of the original that its grid of patches covers.
 
 Holds for processors that make one grid of a picture: resize, then crop, or pad to a square and resize, with
-the attributes that transformers gives them. Those that cut a picture into tiles need more than one box.
+the attributes that transformers gives them. What cuts a picture into tiles is in grids.py.
 """
 
 import math
 from typing import Any, NamedTuple
-
-TILING = ("image_grid_pinpoints", "do_image_splitting", "crop_to_patches", "do_pan_and_scan")
-"""Attributes of processors that make more than one grid of a picture."""
 
 
 class Box(NamedTuple):
@@ -20,17 +17,15 @@ class Box(NamedTuple):
     bottom: float
 
 
-def seen_box(image_processor: Any, size: tuple[int, int]) -> Box | None:
-    """The box of a picture of `size` (width, height) that reaches the model; None for tiles."""
-    if any(getattr(image_processor, name, None) for name in TILING):
-        return None
+def seen_box(image_processor: Any, size: tuple[int, int]) -> Box:
+    """The box of a picture of `size` (width, height) that reaches the model."""
     width, height = map(float, size)
     left = top = 0.0
-    if getattr(image_processor, "do_pad", None) and _sides(image_processor, "pad_size") is None:
+    if getattr(image_processor, "do_pad", None) and given_sides(image_processor, "pad_size") is None:
         side = max(size)  # LLaVA's padding to a square, before the resizing
         left, top = -float((side - size[0]) // 2), -float((side - size[1]) // 2)
         width = height = float(side)
-    crop = _sides(image_processor, "crop_size")
+    crop = given_sides(image_processor, "crop_size")
     if not getattr(image_processor, "do_center_crop", None) or crop is None:
         return Box(left, top, left + width, top + height)
     new_width, new_height = _resized(image_processor, (int(width), int(height)))
@@ -49,7 +44,7 @@ def _resized(image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:
     """Width and height before the crop."""
     if not getattr(image_processor, "do_resize", None):
         return size
-    fixed = _sides(image_processor, "size")
+    fixed = given_sides(image_processor, "size")
     if fixed is not None:
         return fixed
     wanted = image_processor.size
@@ -61,7 +56,7 @@ def _resized(image_processor: Any, size: tuple[int, int]) -> tuple[int, int]:
     return (new_short, new_long) if size[0] <= size[1] else (new_long, new_short)
 
 
-def _sides(image_processor: Any, name: str) -> tuple[int, int] | None:
+def given_sides(image_processor: Any, name: str) -> tuple[int, int] | None:
     """Width and height of a size given by both; None where it is not."""
     given = getattr(image_processor, name, None)
     if given is None or given.get("width") is None or given.get("height") is None:

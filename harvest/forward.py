@@ -23,7 +23,7 @@ class Forward:
     ) -> None:
         self._model, self._taps, self._landing, self.budget = model, taps, landing, budget
         self._watch = watch
-        self._dtype = next(model.body.parameters()).dtype
+        self._dtype = model.whole.dtype
 
     def compute(self, samples: list[PreparedSample]) -> Iterator[tuple[list[PreparedSample], Landed]]:
         """What the MLPs read and wrote; samples that do not fit are halved and tried again, once."""

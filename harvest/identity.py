@@ -7,7 +7,8 @@ from pathlib import Path
 from ..cache_format import Manifest
 from ..cache_format.manifest import Scalar
 from .config import HarvestConfig
-from .model import Hookpoints, LoadedModel
+from .mlps import Hookpoints, path_pattern
+from .model import LoadedModel
 from .rows import Rows
 
 AS_GIVEN = (
@@ -27,8 +28,11 @@ def describe(
         "model_type": model.config.model_type,
         "revision": config.revision or getattr(model.config, "_commit_hash", None),
         "weights_hash": model.weights_hash,
-        "mlps": hookpoints.mlps[0].replace(".0.", ".{}.", 1),
-        "dtype": str(next(model.body.parameters()).dtype).removeprefix("torch."),
+        "mlps": path_pattern(hookpoints.mlps),
+        "norms": path_pattern(hookpoints.norms) if hookpoints.norms else None,
+        "dtype": str(model.whole.dtype).removeprefix("torch."),
+        "load_in": config.load_in,
+        "attn": model.whole.config._attn_implementation,
         "chat_template_hash": _hash(template or ""),
         "processor_hash": _hash(image_processor + str(len(model.tokenizer))),
         "dataset": whereabouts(config.dataset),

@@ -1,10 +1,11 @@
-"""Loading a model, and finding the MLPs of its language model."""
+"""Loading a model and its processor: once, in the numbers and on the devices that are asked for."""
 
 import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,15 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoProcessor,
     AutoTokenizer,
+    BitsAndBytesConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
 from .config import HarvestConfig
-
-MLP_NAMES = ("mlp", "feed_forward", "ffn")
-NORM_NAMES = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "norm_2", "ffn_norm")
-"""Norms whose output the MLP reads, most specific first; which one it is gets checked on the first batch."""
+from .grids import LAYOUTS, knows
+from .processors import open_processor
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,6 @@ class LoadedModel(LoadedProcessor):
     weights_hash: str
 
 
-class Hookpoints:
-    """Paths, inside the body, of the modules to listen to; index = layer."""
-
-    def __init__(self, mlps: list[str], norms: list[str] | None) -> None:
-        self.mlps = mlps
-        self.norms = norms
-        """Set for input site resid_mid."""
-
-
 def load_processor(config: HarvestConfig) -> LoadedProcessor:
     """Load config, tokenizer and processor; ValueError, on one line, where that does not work."""
     if config.model.startswith((".", "/", "~")) and not Path(config.model).is_dir():
@@ -80,8 +70,18 @@ def load_processor(config: HarvestConfig) -> LoadedProcessor:
     with _loading(config):
         model_config = AutoConfig.from_pretrained(config.model, **_origin(config))
         sees = model_config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        loader = AutoProcessor if sees else AutoTokenizer
-        processor = loader.from_pretrained(config.model, **_origin(config))
+        processor = (
+            open_processor(config.model, model_config, **_origin(config))
+            if sees
+            else AutoTokenizer.from_pretrained(config.model, **_origin(config))
+        )
+    if sees and not knows(processor):
+        print(
+            f"harvest: {type(processor).__name__} is not one of {', '.join(LAYOUTS)}: image tokens are told "
+            "from text, but where in the picture they look is not known (row and col -1)",
+            file=sys.stderr,
+            flush=True,
+        )
     return LoadedProcessor(
         name=config.model,
         config=model_config,
@@ -95,19 +95,43 @@ def load_model(config: HarvestConfig) -> LoadedModel:
     """Load model and processor; ValueError, on one line, where that does not work."""
     processor = load_processor(config)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-    attention = {"attn_implementation": config.attn} if config.attn else {}
     loader = AutoModelForCausalLM if processor.image_token is None else AutoModelForImageTextToText
     with _loading(config):
-        model = loader.from_pretrained(config.model, dtype=dtype, **attention, **_origin(config))
-    model.requires_grad_(False).eval().to(device)
+        model = loader.from_pretrained(config.model, **_placement(config, device), **_origin(config))
+    model.requires_grad_(False).eval()
     return LoadedModel(
         **vars(processor),
         body=model.base_model if model.base_model is not model else model.model,
         whole=model,
-        device=device,
+        device=next(model.get_input_embeddings().parameters()).device,
         weights_hash=hash_weights(model),
     )
+
+
+def _placement(config: HarvestConfig, device: torch.device) -> dict[str, Any]:
+    """How transformers is to hold the weights, which it reads straight to where they belong."""
+    more: dict[str, Any] = {"dtype": "auto" if config.dtype == "auto" else getattr(torch, config.dtype)}
+    if config.attn:
+        more["attn_implementation"] = config.attn
+    if config.load_in:
+        _want("bitsandbytes", f"--load-in {config.load_in}", "quantised")
+        more["quantization_config"] = _quantised(config)
+    if config.device_map or config.load_in or device.type != "cpu":
+        _want("accelerate", f"--device-map {config.device_map or device}", "harvest")
+        more["device_map"] = config.device_map or {"": device}
+    return more
+
+
+def _quantised(config: HarvestConfig) -> BitsAndBytesConfig:
+    if config.load_in == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.bfloat16 if config.dtype == "auto" else getattr(torch, config.dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+
+
+def _want(package: str, option: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise ValueError(f"{option}: expected {package}, found none; pip install 'clt-cache[{extra}]'")
 
 
 def _origin(config: HarvestConfig) -> dict[str, Any]:
@@ -125,65 +149,19 @@ def _loading(config: HarvestConfig) -> Iterator[None]:
         ) from fault
 
 
-def find_hookpoints(model: LoadedModel, pattern: str | None, input_site: str) -> Hookpoints:
-    """The MLPs of the language model in layer order; ValueError lists candidates where none fit."""
-    modules = dict(model.body.named_modules())
-    if pattern is not None:
-        inner = pattern.removeprefix("model.") if pattern.format(0) not in modules else pattern
-        mlps = [inner.format(layer) for layer in range(model.n_layers)]
-        if not all(path in modules for path in mlps):
-            raise ValueError(f"--mlp {pattern!r} matches no module; candidates: {_candidates(modules)}")
-    else:
-        mlps = _find_mlps(model, modules)
-    norms = None
-    if input_site == "resid_mid":
-        parents = [path.rpartition(".")[0] for path in mlps]
-        name = next((n for n in NORM_NAMES if all(f"{parent}.{n}" in modules for parent in parents)), None)
-        if name is None:
-            raise ValueError(
-                f"resid_mid: expected a norm named one of {NORM_NAMES} in {parents[0]}, found none"
-            )
-        norms = [f"{parent}.{name}" for parent in parents]
-    return Hookpoints(mlps, norms)
-
-
 def hash_weights(model: nn.Module) -> str:
-    """Hash of every parameter's name, shape and 256 of its values, evenly spaced."""
+    """Hash of every parameter's name, shape and 256 of its values, evenly spaced.
+
+    Of what `device_map` left on disk or in host memory, name and shape alone.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         flat = parameter.detach().flatten()
         step = max(1, flat.numel() // 256)
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        digest.update(flat[::step][:256].float().cpu().numpy().tobytes())
+        if not parameter.is_meta:
+            digest.update(flat[::step][:256].float().cpu().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _find_mlps(model: LoadedModel, modules: dict[str, nn.Module]) -> list[str]:
-    """Look for a list of n_layers blocks with an MLP each, outside the vision tower."""
-    for path, module in modules.items():
-        if not isinstance(module, nn.ModuleList) or len(module) != model.n_layers or _sees(path):
-            continue
-        for name in MLP_NAMES:
-            if all(isinstance(getattr(block, name, None), nn.Module) for block in module):
-                return [f"{path}.{layer}.{name}" for layer in range(len(module))]
-    raise ValueError(
-        f"{model.name}: found no {model.n_layers} MLPs; name them with --mlp, "
-        f"candidates: {_candidates(modules)}"
-    )
-
-
-def _candidates(modules: dict[str, nn.Module]) -> str:
-    """Paths of layer 0 that hold linear maps, with the layer's number left open."""
-    found = [
-        path.replace(".0.", ".{}.", 1)
-        for path, module in modules.items()
-        if ".0." in path and list(module.children())
-    ]
-    return ", ".join(found[:20]) or "none"
-
-
-def _sees(path: str) -> bool:
-    return any(word in path for word in ("vision", "visual", "image"))
 
 
 def _image_token(config: Any) -> int:

@@ -78,7 +78,11 @@ def render_token(trace: Mapping[str, Any], found: SourceOfToken) -> str:
         if found.image_unchanged is not None:
             state = "unchanged" if found.image_unchanged else "NOT the same bytes as at the harvest"
             lines.append(f"             {found.image_path or 'in the row itself'}: {state}")
-        patch = f"row {image['row']}, column {image['col']}"
+        patch = f"row {image['row']}, column {image['col']}" if image["row"] >= 0 else "none is known"
+        if trace["kind"] == "template":
+            patch = "none: it separates rows or tiles"
+        elif image["tiles"] > 1:
+            patch += f" of tile {image['tile']} (of 0 to {image['tiles'] - 1})"
         if image["rectangle"] is not None:
             left, top, right, bottom = image["rectangle"]
             patch += f": x {left:g} to {right:g}, y {top:g} to {bottom:g} of the upright picture"

@@ -28,7 +28,8 @@ from .feed import Feed, Read, cores
 from .forward import Forward, check_finite
 from .identity import describe
 from .landing import Landed, Landing, choose_form
-from .model import Hookpoints, LoadedModel, find_hookpoints, load_model
+from .mlps import Hookpoints, find_hookpoints
+from .model import LoadedModel, load_model
 from .outbox import Outbox
 from .rows import Rows, open_rows
 from .taps import MlpTaps

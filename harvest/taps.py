@@ -59,20 +59,20 @@ class MlpTaps:
 
     def _mlp_hook(self, number: int, last: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = args[0] if args else next(iter(kwargs.values()))
-            if not isinstance(output, Tensor):
-                raise ValueError(
-                    f"{type(module).__name__} returns {type(output).__name__}; expected one tensor"
-                )
-            if self._before is not None:
+            given, said = _read_and_said(module, args, kwargs, output)
+            if self._norms is not None:
+                assert self._before is not None, "the norm in front did not run"
                 residual, normed = self._before
-                if number >= self._checked and not torch.equal(normed, given):
-                    raise ValueError("resid_mid: the MLP does not read what the norm before it gives")
+                if number >= self._checked and normed is not given and not torch.equal(normed, given):
+                    raise ValueError(
+                        f"--input-site resid_mid: {type(module).__name__} does not read what the norm before "
+                        "it gives; harvest --input-site mlp_in"
+                    )
                 self._checked = max(self._checked, number + 1)
                 given, self._before = residual, None
             assert self._receive is not None
             self._receive("mlp_in", number, given)
-            self._receive("mlp_out", number, output)
+            self._receive("mlp_out", number, said)
             self._ran += 1
             if last:
                 raise LastLayerReached
@@ -81,3 +81,23 @@ class MlpTaps:
 
     def _norm_hook(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._before = (args[0], output)
+
+
+def _read_and_said(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> tuple[Tensor, Tensor]:
+    """The one tensor that an MLP reads, and the one it adds to the residual stream (of a tuple, the first).
+
+    ValueError that names the class where it reads more: such a module adds the residual stream itself, or
+    reads the other stream as well, and no function of its input alone could stand in for it.
+    """
+    read = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    said = output[0] if isinstance(output, tuple) and output else output
+    if len(read) != 1 or not isinstance(said, Tensor) or said.shape != read[0].shape:
+        shapes = ", ".join(str(list(value.shape)) for value in read)
+        given = str(list(said.shape)) if isinstance(said, Tensor) else type(said).__name__
+        raise ValueError(
+            f"{type(module).__name__} reads tensors of shape {shapes or 'none'} and returns {given}; "
+            "expected one tensor and another of its shape; name another module with --mlp"
+        )
+    return read[0], said

@@ -150,7 +150,7 @@ def test_the_rectangle_is_what_the_patch_saw(name: str, size: tuple[int, int]) -
             patch = floats[:, row * 12 : row * 12 + 12, col * 12 : col * 12 + 12]
             if patch[2].min() < 127 - 2:
                 continue  # partly padding
-            left, top, right, bottom = patch_rectangle(described, row, col)
+            left, top, right, bottom = patch_rectangle(described, 0, row, col)
             tolerance = 2 + max(size) / 48  # rounding to half units, and one pixel of the resized picture
             assert 2 * patch[0].mean() == pytest.approx((left + right) / 2, abs=tolerance)
             assert 2 * patch[1].mean() == pytest.approx((top + bottom) / 2, abs=tolerance)
