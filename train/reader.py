@@ -164,8 +164,8 @@ class Reader:
     def restore(self, state: dict[str, Any]) -> None:
         """Go on exactly where `state` was taken; the current buffer is decoded again.
 
-        Raises ValueError where it was taken from another cache, split, selection, seed, order or buffer size, or
-        stands where no reader stands.
+        Raises ValueError where it was taken from another cache, split, selection, seed, order or buffer size,
+        or stands where no reader stands.
         """
         for name, mine in self._identity().items():
             if state.get(name) != mine:
