@@ -87,6 +87,9 @@ def train_command(
     compile: Annotated[
         bool, typer.Option("--compile", help="compile adam8's update; needs a C++ compiler, on a GPU Triton")
     ] = False,
+    offload: Annotated[
+        str, typer.Option(help="none; host, disk: where decoders and their optimiser state wait their turn")
+    ] = "none",
     io: Annotated[str, typer.Option(help="mmap, or pread for network file systems")] = "mmap",
     threads: Threads = None,
     buffer_tokens: Annotated[

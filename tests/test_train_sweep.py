@@ -159,11 +159,11 @@ import clt.train.run as run
 from test_train_sweep import asked
 from clt.train.sweep import sweep
 left, save = [int(sys.argv[4])], run.Run.save
-def dying(self, reader):
+def dying(self, *state):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
     left[0] -= 1
-    save(self, reader)
+    save(self, *state)
 run.Run.save = dying
 sweep(*asked(Path(sys.argv[2]), Path(sys.argv[3])), resume=False)
 """
@@ -189,10 +189,10 @@ def test_killed_between_the_saves_of_two_runs(cache: Path, whole: SweepReport, t
 def test_interrupted_between_the_first_saves(cache: Path, whole: SweepReport, tmp_path: Path) -> None:
     saves, save = iter(range(3)), Run.save
 
-    def interrupted(self: Run, reader: dict[str, Any]) -> None:
+    def interrupted(self: Run, *state: Any) -> None:
         if next(saves, None) is None:
             raise KeyboardInterrupt
-        save(self, reader)
+        save(self, *state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "save", interrupted)

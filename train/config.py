@@ -15,6 +15,7 @@ TIES = ("none", "source", "target")
 SCHEDULES = ("linear", "constant", "cosine")
 IO = ("mmap", "pread")
 ORDERS = ("shuffled", "sequential")
+OFFLOADS = ("none", "host", "disk")
 DTYPES = ("float32", "bfloat16", "float64")
 KINDS = ("text", "image", "bos", "template")
 EXCLUDABLE = (*KINDS, "sink")
@@ -150,6 +151,9 @@ class TrainConfig:
     stochastically when updated; biases, skips, the optimiser's state and arithmetic stay in float32."""
     device: str | None = None
     """None: cuda where there is one, else cpu."""
+    offload: str = "none"
+    """Where decoders and their optimiser state live: on the device (none), or, passing through it a layer at
+    a time, in memory of the host, or in files beside the run folder (disk)."""
     compile: bool = False
     """Compile what adam8 does with a weight; the first step takes a minute longer. Of no use to other
     optimisers: theirs are single kernels."""
@@ -184,6 +188,7 @@ class TrainConfig:
         _one_of("io", self.io, IO)
         _one_of("order", self.order, ORDERS)
         _one_of("dtype", self.dtype, DTYPES)
+        _one_of("offload", self.offload, OFFLOADS)
         self._check_losses()
         for kind in self.kinds:
             _one_of("kinds", kind, KINDS)

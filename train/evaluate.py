@@ -121,7 +121,7 @@ def _add(sums: _Sums, model: CrossLayerTranscoder, batch: Batch, kind: npt.NDArr
         error = model.b_dec[target] - truth + torch.stack(list(written.values())).sum(dim=0)
         if model.shape.skip:
             inputs = model.inputs.apply_to(batch.values("mlp_in", target, device, dtype), target)
-            error.addmm_(inputs, model.W_skip[target].T)
+            error.addmm_(inputs, model.arithmetic(model.W_skip[target]).T)
         per_token = _per_token(error)
         sums.kind[target] += square * np.bincount(kind, per_token, minlength=len(KINDS))
         for offset in range(len(sums.without)):

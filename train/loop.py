@@ -12,7 +12,7 @@ from ..stopping import StopRequested
 from .announcement import announce, sink_warning
 from .checkpoint import checkpoint_folder
 from .config import TrainConfig
-from .evaluate import Evaluation, evaluate
+from .evaluate import Evaluation, evaluate_all
 from .finite import DivergedError
 from .reader import Reader
 from .run import Reading, Run, new_run, say, sizes_of_step
@@ -41,7 +41,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
         require_wandb()
     source = open_source(config, "train")
     if config.save_best:
-        _require_held_out(config)
+        require_held_out(config)
     run = new_run(config, source, resume)
     state = run.begin(resume)
     say(announce(config, source, run.model, run.plan, run.step))
@@ -51,7 +51,7 @@ def train(config: TrainConfig, resume: bool = False) -> TrainReport:
         if state is not None:
             reader.restore(state)
         seconds = Loop([run], reader).go()
-        held_out = held_out_numbers(run)
+        (held_out,) = held_out_numbers([run])
         run.write_report(held_out)
     found = None if isinstance(held_out, str) else held_out.to_json(source.layers)
     return TrainReport(config.run, run.step, run.tokens, run.fvu, seconds, reader.waited / seconds, found)
@@ -79,30 +79,31 @@ def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None
     return Source(paths, split, layers=layers, selection=selection, io=config.io)
 
 
-def held_out_numbers(run: Run) -> Evaluation | str:
-    """The final transcoder on split val, or why there is none."""
+def held_out_numbers(runs: Sequence[Run]) -> list[Evaluation | str]:
+    """Each run's transcoder on split val, read once; or why there is none."""
+    config = runs[0].config
     try:
-        source = open_source(run.config, "val")
+        source = open_source(config, "val")
     except NoTokensError as missing:
-        return str(missing)
+        return [str(missing)] * len(runs)
     with Progress("held out", total=source.n_tokens, unit="tok") as progress:
 
         def after_batch(tokens: int) -> None:
             progress.add(tokens)
             StopRequested.check()
 
-        return evaluate(run.model, source, threads=run.config.threads, after_batch=after_batch)
+        models = [run.model for run in runs]
+        return [*evaluate_all(models, source, threads=config.threads, after_batch=after_batch)]
 
 
-def held_out_fvu(run: Run) -> float:
-    """Mean over layers, on split val, which has tokens."""
-    found = held_out_numbers(run)
-    assert isinstance(found, Evaluation)
-    say(f"step {run.step}: held-out FVU {found.fvu.mean():.4f}")
-    return float(found.fvu.mean())
+def _held_out_fvus(runs: Sequence[Run]) -> list[float]:
+    """Means over layers, on split val, which has tokens."""
+    found = [float(held.fvu.mean()) for held in held_out_numbers(runs) if isinstance(held, Evaluation)]
+    say(f"step {runs[0].step}: held-out FVU {' '.join(f'{fvu:.4f}' for fvu in found)}")
+    return found
 
 
-def _require_held_out(config: TrainConfig) -> None:
+def require_held_out(config: TrainConfig) -> None:
     try:
         open_source(config, "val")
     except NoTokensError as missing:
@@ -168,9 +169,12 @@ class Loop:
     def save(self, measure: bool = True) -> None:
         """Of every run that stands here; one that waits ahead was saved there. measure: held-out FVU too."""
         state = self.reader.state()
-        fvu = held_out_fvu if self.config.save_best and measure else None
-        for run in self._due():
-            self._attempt(run, lambda run=run: run.save(state, fvu))  # type: ignore[misc]
+        due = self._due()
+        fvus: Sequence[float | None] = [None] * len(due)
+        if self.config.save_best and measure and due:
+            fvus = _held_out_fvus(due)
+        for run, fvu in zip(due, fvus, strict=True):
+            self._attempt(run, lambda run=run, fvu=fvu: run.save(state, fvu))  # type: ignore[misc]
 
     def _due(self) -> list[Run]:
         return [run for run in self.runs if run.step == self.step]

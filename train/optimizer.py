@@ -91,9 +91,7 @@ class Optimizer:
 
     def _update(self, name: str, layer: int, grad: Tensor) -> None:
         weight = getattr(self._model, name)[layer].data
-        rule = rule_for(self._name, weight, self._compiled)
-        state = self._states.setdefault((name, layer), {}) or rule.new_state(weight)
-        self._states[name, layer] = state
+        rule, state = self._rule(weight), self.state_of(name, layer)
         noise = None
         if weight.dtype == torch.bfloat16:
             noise = seeded_generator(weight.device, self._seed, self._step, name, layer)
@@ -102,6 +100,21 @@ class Optimizer:
             rule.update(work, part_grad.to(work.dtype), part_state, self._lr, self._step + 1)
             if noise is not None:
                 round_into(part, work, noise)
+
+    def state_of(self, name: str, layer: int) -> State:
+        """That of one parameter; before its first step a new one."""
+        if not (state := self._states.get((name, layer), {})):
+            weight = getattr(self._model, name)[layer].data
+            state = self._rule(weight).new_state(weight)
+            self._states[name, layer] = state
+        return state
+
+    def set_state(self, name: str, layer: int, state: State) -> None:
+        """The same numbers in other memory."""
+        self._states[name, layer] = state
+
+    def _rule(self, weight: Tensor) -> Rule:
+        return rule_for(self._name, weight, self._compiled)
 
     def state(self, layer: int) -> dict[str, Tensor]:
         """State of one layer's parameters, as `W_dec.<name>`; empty before the first step."""
@@ -114,13 +127,9 @@ class Optimizer:
 
     def restore(self, layer: int, tensors: dict[str, Tensor]) -> None:
         """Put back what `state` gave."""
-        for name in {key.rsplit(".", 1)[0] for key in tensors}:
-            device = getattr(self._model, name)[layer].device
-            self._states[name, layer] = {
-                key.rsplit(".", 1)[1]: value.to(device)
-                for key, value in tensors.items()
-                if key.rsplit(".", 1)[0] == name
-            }
+        for key, value in tensors.items():
+            name, part = key.rsplit(".", 1)
+            self.state_of(name, layer)[part].copy_(value)
 
 
 def learning_rate(step: int, base: float, warmup: int, total: int, schedule: str) -> float:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ from .losses import Extras
 from .metrics import DeadLatents, FiringCounts
 from .optimizer import Optimizer, learning_rate
 from .origin import save_origin
+from .placement import ON_DEVICE, Offload, Placement, away_names, move, zeros_on_disk, zeros_on_host
 from .plan import annealed, plan
 from .reader import Batch
 from .report_page import write_page
@@ -26,7 +27,7 @@ from .run_log import RunLog
 from .run_report import Place, report_run
 from .source import Source
 from .step import train_step
-from .transcoder import CrossLayerTranscoder, new_transcoder
+from .transcoder import CrossLayerTranscoder, Zeros, new_transcoder, pageable_zeros
 
 
 class Reading(NamedTuple):
@@ -45,6 +46,9 @@ class Run:
         self.plan = plan(config, source, model.shape.n_latents)
         clip, compiled = config.max_grad_norm, config.compile
         self.optimizer = Optimizer(model, config.optimizer, config.seed, clip, compiled)
+        self.placement: Placement = ON_DEVICE
+        if config.offload != "none":
+            self.placement = Offload(model, self.optimizer, zeros_for(config))
         self.dead = DeadLatents(model, self.plan.dead_after)
         self.firing = FiringCounts(model, self.plan.dead_after)
         self.step = self.tokens = 0
@@ -93,7 +97,9 @@ class Run:
         self.lr = learning_rate(self.step, plan.lr, plan.warmup, plan.steps, config.lr_schedule)
         self.optimizer.begin(self.step, self.lr)
         with self._stops_where_not_finite():
-            result = train_step(self.model, batches, self.optimizer.apply, config.fvu_variance, self.extras())
+            result = train_step(
+                self.model, batches, self.optimizer.apply, config.fvu_variance, self.extras(), self.placement
+            )
             require_finite_loss(result.fvu, self.source.layers)
         tokens = sum(len(batch) for batch in batches)
         self.step, self.tokens = self.step + 1, self.tokens + tokens
@@ -127,16 +133,16 @@ class Run:
             k=self.k(self.step),
         )
 
-    def save(self, reader: dict[str, Any], measure: Callable[["Run"], float] | None = None) -> None:
+    def save(self, reader: dict[str, Any], held_out_fvu: float | None = None) -> None:
         """A checkpoint, and a line of metrics.jsonl before it, so that no line is about both sides of it.
 
-        reader: its state, from which the run goes on; measure: gives the held-out FVU, for `--save-best`.
+        reader: its state, from which the run goes on; held_out_fvu: for `--save-best`.
         """
         with self._stops_where_not_finite():
             require_finite_weights(self.model)
         self.write_line()
-        fvu = measure(self) if measure else None
-        state = TrainerState(self.step, self.tokens, reader, self.dead.since, self.firing.state(), fvu)
+        firing = self.firing.state()
+        state = TrainerState(self.step, self.tokens, reader, self.dead.since, firing, held_out_fvu)
         save_checkpoint(self.config.run, self.model, self.optimizer, state, self.config.keep)
         self.write_report("Held-out numbers are measured when the run is complete.")
 
@@ -169,11 +175,19 @@ def new_run(config: TrainConfig, source: Source, resume: bool) -> Run:
     """A run with fresh weights, or those that it is to start from; writes nothing."""
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = getattr(torch, config.dtype)
-    model = new_transcoder(config.transcoder, source, dtype, config.seed).to(device)
+    model = new_transcoder(config.transcoder, source, dtype, config.seed, zeros_for(config))
+    move(model, device, leave=away_names(model) if config.offload != "none" else [])
     if config.finetune and not (resume and (config.run / LATEST).exists()):
         for note in start_from(model, config.finetune):
             say(note)
     return Run(config, source, model)
+
+
+def zeros_for(config: TrainConfig) -> Zeros:
+    """Where decoders and their state live, unless they are moved."""
+    if config.offload == "disk":
+        return zeros_on_disk(config.run.parent)
+    return zeros_on_host if config.offload == "host" else pageable_zeros
 
 
 def sizes_of_step(config: TrainConfig, tokens_left: int) -> Sequence[int]:

@@ -7,7 +7,17 @@ from ..cache_format.files import write_file
 from .checkpoint import LATEST
 from .config import TrainConfig, config_from_json
 
-FREE_TO_CHANGE = ("save_every", "keep", "save_best", "log_every", "log_to_wandb", "threads", "io", "run")
+FREE_TO_CHANGE = (
+    "save_every",
+    "keep",
+    "save_best",
+    "log_every",
+    "log_to_wandb",
+    "threads",
+    "io",
+    "offload",
+    "run",
+)
 """Settings that a resumed run may have otherwise: they do not change the weights."""
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .activation import through_relu
 from .losses import Extras, Penalties, auxk_width, dead_codes
+from .placement import ON_DEVICE, Placement
 from .reader import Batch
 from .sparse import Codes
 from .transcoder import CrossLayerTranscoder, Term
@@ -74,23 +75,27 @@ def train_step(
     apply: Apply,
     variance: str = "cache",
     extras: Extras = NOTHING,
+    placement: Placement = ON_DEVICE,
 ) -> StepResult:
     """Gradients of sum_t FVU_t and `extras`, of all micro-batches together, handed to `apply` layer by layer.
 
-    variance "cache": that of the standardiser; "batch": that of the step's own targets.
+    variance "cache": that of the standardiser; "batch": that of the step's own targets. placement: brings
+    decoders where they are needed.
     """
+    placement.start()
     parts = [_MicroBatch(model, batch) for batch in batches]
     layers, tokens = range(model.shape.n_layers), sum(map(len, batches))
     penalties, auxk = Penalties(model, extras, tokens), _AuxK(model, extras)
     for source in layers:
         _encode(model, parts, source, extras, penalties)
     room = _Room(model)
-    decoders = _DecoderGrads(model, apply, penalties, room)
+    decoders = _DecoderGrads(model, apply, penalties, room, placement)
     fvu, errors = zip(
         *(_target(model, parts, target, decoders, variance, auxk) for target in layers), strict=True
     )
     for source in layers:
         _source(model, parts, source, penalties, apply, room)
+    placement.settle()
     l0 = torch.stack([sum(((p.codes[s].values > 0).sum() for p in parts), torch.tensor(0)) for s in layers])
     fired = torch.stack([_fired(parts, s) for s in layers])
     extra = penalties.values | auxk.values
@@ -117,12 +122,21 @@ class _Room:
 class _DecoderGrads:
     """Gradients of the decoders that later targets still add to."""
 
-    def __init__(self, model: CrossLayerTranscoder, apply: Apply, penalties: Penalties, room: _Room) -> None:
+    def __init__(
+        self,
+        model: CrossLayerTranscoder,
+        apply: Apply,
+        penalties: Penalties,
+        room: _Room,
+        placement: Placement,
+    ) -> None:
         self.model, self.apply, self.penalties, self.room = model, apply, penalties, room
+        self.placement = placement
         self.held: dict[int, dict[str, Tensor]] = {}
         self.written: set[tuple[int, int | EllipsisType]] = set()
 
     def begin(self, layer: int) -> None:
+        self.placement.begin(layer)
         names = self.model.names("decoder")
         self.held[layer] = {name: torch.zeros_like(getattr(self.model, name)[layer]) for name in names[1:]}
         self.held[layer]["W_dec"] = self.room.take(self.model.W_dec[layer])
@@ -161,6 +175,7 @@ class _DecoderGrads:
         for layer in [held for held in self.held if self.model.shape.last_target(held) == target]:
             grads = self.held.pop(layer)
             self.apply("decoder", layer, grads)
+            self.placement.end(layer)
             self.room.give_back(grads["W_dec"])
 
 

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..cache_format.files import write_file
-from ..progress import Progress
-from ..stopping import StopRequested
 from .announcement import announce_sweep, sink_warning
 from .config import TrainConfig
-from .evaluate import Evaluation, evaluate_all
+from .evaluate import Evaluation
 from .finite import DivergedError
-from .loop import Loop, new_reader, open_source
+from .loop import Loop, held_out_numbers, new_reader, open_source, require_held_out
 from .run import Run, new_run, say
-from .source import NoTokensError, Source
+from .source import Source
 from .sweep_file import Entry
 from .sweep_report import SweepReport, SweepRun, write_sweep_page
 from .wandb_run import require_wandb
@@ -77,6 +75,8 @@ def sweep(folder: Path, entries: list[Entry], configs: list[TrainConfig], resume
     found = Sweep(folder, entries, configs)
     found.begin(resume)
     source = open_source(configs[0], "train")
+    if configs[0].save_best:
+        require_held_out(configs[0])
     alive = [config for label, config in found.configs.items() if label not in found.diverged]
     if not alive:
         raise ValueError(f"all {len(configs)} runs of {folder} have diverged; begin another with lower --lr")
@@ -99,7 +99,7 @@ def _train(found: Sweep, runs: list[Run], states: list[dict[str, Any] | None], s
             reader.restore(state or start)
         loop = Loop(runs, reader, found.note_diverged)
         seconds = loop.go()
-        held_out = _held_out(loop.runs)
+        held_out = held_out_numbers(loop.runs)
         for run, evaluation in zip(loop.runs, held_out, strict=True):
             run.write_report(evaluation)
     report = SweepReport(
@@ -112,23 +112,6 @@ def _train(found: Sweep, runs: list[Run], states: list[dict[str, Any] | None], s
     )
     write_sweep_page(report)
     return report
-
-
-def _held_out(runs: list[Run]) -> list[Evaluation | str]:
-    """Of each run, from one pass over split val; or why there is none."""
-    config = runs[0].config
-    try:
-        source = open_source(config, "val")
-    except NoTokensError as missing:
-        return [str(missing)] * len(runs)
-    with Progress("held out", total=source.n_tokens, unit="tok") as progress:
-
-        def after_batch(tokens: int) -> None:
-            progress.add(tokens)
-            StopRequested.check()
-
-        models = [run.model for run in runs]
-        return [*evaluate_all(models, source, threads=config.threads, after_batch=after_batch)]
 
 
 def _results(found: Sweep, runs: list[Run], held_out: list[Evaluation | str]) -> list[SweepRun]:

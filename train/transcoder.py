@@ -9,6 +9,7 @@ cache's mean, over the root mean square deviation of a value. `forward` takes an
 """
 
 import math
+from collections.abc import Callable
 from types import EllipsisType
 from typing import NamedTuple
 
@@ -27,6 +28,15 @@ from .sparse import Codes, Merged, merge
 
 FIRST_THRESHOLD = 0.1
 """Of jumprelu, as in Anthropic's update of January 2025."""
+
+
+Zeros = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Makes a tensor of zeros somewhere."""
+
+
+def pageable_zeros(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """In ordinary memory."""
+    return torch.zeros(size, dtype=dtype)
 
 
 class Standardiser(nn.Module):
@@ -88,22 +98,26 @@ class CrossLayerTranscoder(nn.Module):
         outputs: Standardiser,
         seed: int = 0,
         dtype: torch.dtype | None = None,
+        zeros: Zeros = pageable_zeros,
     ) -> None:
+        """zeros: makes the matrices of decoders and skips."""
         super().__init__()
         self.shape, self.inputs, self.outputs = shape, inputs, outputs
         random = torch.Generator().manual_seed(seed)
         bound = shape.d_model**-0.5
 
-        def parameters(*sizes: tuple[int, ...], dtype: torch.dtype | None = None) -> nn.ParameterList:
+        def parameters(
+            *sizes: tuple[int, ...], dtype: torch.dtype | None = None, make: Zeros = pageable_zeros
+        ) -> nn.ParameterList:
             own = dtype or inputs.mean.dtype
-            return nn.ParameterList(nn.Parameter(torch.zeros(size, dtype=own)) for size in sizes)
+            return nn.ParameterList(nn.Parameter(make(size, own)) for size in sizes)
 
         layers, latents, width = range(shape.n_layers), shape.n_latents, shape.d_model
         self.W_enc = parameters(*[(latents, width) for _ in layers], dtype=dtype)
         self.b_enc = parameters(*[(latents,) for _ in layers])
-        self.W_dec = parameters(*[shape.decoder_size(layer) for layer in layers], dtype=dtype)
+        self.W_dec = parameters(*[shape.decoder_size(layer) for layer in layers], dtype=dtype, make=zeros)
         self.b_dec = parameters(*[(width,) for _ in layers])
-        self.W_skip = parameters(*[(width, width) for _ in layers if shape.skip])
+        self.W_skip = parameters(*[(width, width) for _ in layers if shape.skip], make=zeros)
         jumps = shape.activation == "jumprelu"
         self.log_threshold = parameters(*[(latents,) for _ in layers if jumps])
         for log_threshold in self.log_threshold:
@@ -115,8 +129,8 @@ class CrossLayerTranscoder(nn.Module):
             weight.data.copy_(start.uniform_(-bound, bound, generator=random))
 
     def arithmetic(self, weight: Tensor) -> Tensor:
-        """The weight as products take it: itself, or, where it is kept in bfloat16, a float32 copy."""
-        return weight.to(self.inputs.mean.dtype)
+        """The weight as products take it: itself, or a copy where it is kept in bfloat16, or elsewhere."""
+        return weight.to(self.inputs.mean)
 
     def encode_layer(self, standard: Tensor, source: int) -> Codes:
         """Codes of one source from its standardised inputs (token, d_model)."""
@@ -203,7 +217,7 @@ class CrossLayerTranscoder(nn.Module):
         """What the skip connection adds to `decode`, in model units; (token, layer, d_model) as x."""
         out = torch.zeros_like(x)
         for layer, weight in enumerate(self.W_skip):
-            out[:, layer] = self._standard(x, layer) @ weight.T * self.outputs.scale[layer]
+            out[:, layer] = self._standard(x, layer) @ self.arithmetic(weight).T * self.outputs.scale[layer]
         return out
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,13 +229,13 @@ class CrossLayerTranscoder(nn.Module):
 
 
 def new_transcoder(
-    config: TranscoderConfig, source: Source, dtype: torch.dtype, seed: int
+    config: TranscoderConfig, source: Source, dtype: torch.dtype, seed: int, zeros: Zeros = pageable_zeros
 ) -> CrossLayerTranscoder:
     """A fresh transcoder for the source's layers, standardised by the source's statistics."""
     shape = Shape.of(config, source.layers, source.manifest.d_model)
     work = torch.promote_types(dtype, torch.float32)
     inputs, outputs = (_standardiser(source.statistics(site), work, site) for site in SITES)
-    return CrossLayerTranscoder(shape, inputs, outputs, seed, dtype)
+    return CrossLayerTranscoder(shape, inputs, outputs, seed, dtype, zeros)
 
 
 def empty_transcoder(shape: Shape, dtype: torch.dtype) -> CrossLayerTranscoder:
