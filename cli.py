@@ -15,7 +15,7 @@ from .commands.answers import BAD_USAGE, FAULTY, INTERRUPTED, OK
 from .commands.caches import info, verify
 from .commands.harvest import harvest_command
 from .commands.plan import plan_command
-from .commands.runs import eval_command, export_command, import_command
+from .commands.runs import eval_command, export_command, features_command, import_command
 from .commands.train import calibrate_command, train_command
 from .stopping import StopRequested
 
@@ -45,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "train": train_command,
     "eval": eval_command,
+    "features": features_command,
     "calibrate": calibrate_command,
     "export": export_command,
     "import": import_command,

@@ -1,4 +1,4 @@
-"""`clt eval`, `clt export` and `clt import`: what becomes of a run."""
+"""`clt eval`, `clt features`, `clt export` and `clt import`: what becomes of a run."""
 
 import json
 from pathlib import Path
@@ -51,6 +51,52 @@ def eval_command(
         text += f"\n{more}"
     (checkpoint_folder(run).parent / "eval.json").write_text(json.dumps(found, indent=1) + "\n")
     answer(as_json, found, text)
+
+
+def features_command(
+    run: Annotated[Path, typer.Argument(help="run folder, or one checkpoint in it")],
+    cache: Annotated[
+        list[Path] | None, typer.Option(help="tokens to look at [default: the run's own caches]")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="folder to write [default: RUN/features]")] = None,
+    split: Annotated[str, typer.Option(help="train or val")] = "train",
+    dataset: Annotated[
+        str | None, typer.Option(help="where the dataset lies now [default: where it lay]")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="folder of the model, for promoted and suppressed tokens")
+    ] = None,
+    top: Annotated[int, typer.Option(help="top examples of each latent")] = 16,
+    quantiles: Annotated[int, typer.Option(help="examples at quantiles of each latent's activations")] = 10,
+    batch_tokens: Annotated[int, typer.Option(help="tokens encoded together")] = 4096,
+    threads: Threads = None,
+    device: Annotated[str | None, typer.Option(help="[default: cuda where there is one]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pages of every latent: examples with text and pictures, frequency, kinds, similar latents, targets.
+
+    One pass over the cache, without the model; stopped, it goes on with the same command. Open
+    OUT/index.html in a browser: no server and no network is needed.
+    """
+    from ..analysis.features import FeaturesConfig, write_features
+    from ..analysis.latents import Sizes
+    from ..train.checkpoint import checkpoint_folder
+
+    config = FeaturesConfig(
+        run=run,
+        out=out or checkpoint_folder(run).parent / "features",
+        caches=tuple(cache or ()),
+        split=split,
+        dataset=dataset,
+        model=model,
+        sizes=Sizes(top=top),
+        quantiles=quantiles,
+        batch_tokens=batch_tokens,
+        threads=threads,
+        device=device,
+    )
+    report = write_features(config)
+    answer(as_json, {**report._asdict(), "out": str(report.out)}, report.render())
 
 
 def export_command(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..cache_format.manifest import Scalar
 from .pictures import PictureSource, picture_bytes
-from .rows import BadSample, IndexedRows, Row, Rows, open_rows
+from .rows import BadSample, IndexedRows, open_rows
 from .samples import IMAGE_TAG, Sample, parse_sample
 
 MOST_SHOWN = 2000
@@ -36,20 +36,69 @@ def read_source(
     trace: Mapping[str, Any], source: Mapping[str, Scalar], dataset: str | None = None
 ) -> SourceOfToken:
     """trace: from `trace_token`; source: the manifest's; dataset: where the dataset lies now."""
-    notes: list[str] = []
-    token_string = _token_string(int(trace["token_id"]), source, notes)
-    rows, row = _read_row(trace, source, dataset, notes)
+    data = SourceData(source, dataset)
     text, path, unchanged = None, None, None
-    if rows is not None and row is not None:
-        try:
-            column = source.get("text_column")
-            sample = parse_sample(row, trace["dataset_row"], None if column is None else str(column))
+    try:
+        sample = data.sample(trace["dataset_row"])
+        if sample is not None:
             text = sample_text(sample)
             if trace["image"] is not None:
-                path, unchanged = _look_at_image(trace["image"], sample, rows, source)
-        except BadSample as fault:
-            notes.append(str(fault))
-    return SourceOfToken(token_string, text, path, unchanged, notes)
+                path, unchanged = _look_at_image(trace["image"], sample, data)
+    except BadSample as fault:
+        data.notes.append(str(fault))
+    return SourceOfToken(data.token_string(int(trace["token_id"])), text, path, unchanged, data.notes)
+
+
+class SourceData:
+    """The dataset and the tokenizer that a cache's manifest names, as far as they lie on this machine."""
+
+    def __init__(self, source: Mapping[str, Scalar], dataset: str | None = None) -> None:
+        self.notes: list[str] = []
+        """What is missing, and why."""
+        self._tokenizer = _open_tokenizer(source, self.notes)
+        self._rows = _open_dataset(source, dataset, self.notes)
+        self._source = source
+
+    def token_string(self, token_id: int) -> str | None:
+        """None without a tokenizer; of a part of a character, the vocabulary's own name for it."""
+        if self._tokenizer is None:
+            return None
+        string: str = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        piece: str | None = self._tokenizer.id_to_token(token_id)
+        return piece if "\N{REPLACEMENT CHARACTER}" in string or not string else string
+
+    def sample(self, row: int | None) -> Sample | None:
+        """Of a row of the dataset, its pictures not loaded; BadSample where it is not what was harvested."""
+        if row is None:
+            if self._rows is not None:
+                raise BadSample("the cache does not say which row of the dataset this is")
+            return None
+        if self._rows is None:
+            return None
+        column = self._source.get("text_column")
+        return parse_sample(self._rows[row], row, None if column is None else str(column))
+
+    def find_picture(self, image: Mapping[str, Any], sample: Sample) -> "FoundPicture | None":
+        """image: of a line of samples.jsonl; BadSample where its file cannot be read."""
+        root, outside = self._source.get("image_root"), bool(self._source.get("allow_outside"))
+        folder = None if self._rows is None else self._rows.folder
+        places = PictureSource(Path(str(root)) if root else folder, outside)
+        for reference in sample.references:
+            name, data = picture_bytes(reference, places)
+            if name == image["file"]:
+                same = hashlib.sha256(data).hexdigest() == image["sha256"]
+                if same or name != "embedded":
+                    path = (places.root or Path()) / name if isinstance(reference, str) else None
+                    return FoundPicture(path if path and path.is_file() else None, data, same)
+        return None
+
+
+class FoundPicture(NamedTuple):
+    path: Path | None
+    """None where the row itself holds it"""
+    data: bytes
+    same: bool
+    """It has the hash that the cache recorded."""
 
 
 def sample_text(sample: Sample) -> str:
@@ -100,45 +149,35 @@ def printable(text: str) -> str:
     return "".join("\N{REPLACEMENT CHARACTER}" if c in steers else c for c in text)
 
 
-def _read_row(
-    trace: Mapping[str, Any], source: Mapping[str, Scalar], dataset: str | None, notes: list[str]
-) -> tuple[Rows | None, Row | None]:
+def _open_dataset(source: Mapping[str, Scalar], dataset: str | None, notes: list[str]) -> IndexedRows | None:
     place = dataset or str(source.get("dataset"))
-    if trace["dataset_row"] is None:
-        notes.append("the cache does not say which row of the dataset this is")
-    elif not Path(place).exists():
+    if not Path(place).exists():
         notes.append(f"dataset {place} is not on this machine; --dataset says where it lies now")
-    else:
-        try:
-            rows = open_rows(place, str(source.get("dataset_split")))
-            if rows.fingerprint != source.get("dataset_fingerprint"):
-                notes.append(f"dataset {place} is not the one of the harvest, so its text is not shown")
-                return None, None
-            assert isinstance(rows, IndexedRows), "what lies on this machine is read by number"
-            return rows, rows[trace["dataset_row"]]
-        except (ValueError, OSError, ImportError) as fault:
-            notes.append(f"dataset {place} cannot be read: {fault}")
-    return None, None
+        return None
+    try:
+        rows = open_rows(place, str(source.get("dataset_split")))
+    except (ValueError, OSError, ImportError) as fault:
+        notes.append(f"dataset {place} cannot be read: {fault}")
+        return None
+    if rows.fingerprint != source.get("dataset_fingerprint"):
+        notes.append(f"dataset {place} is not the one of the harvest, so its text is not shown")
+        return None
+    assert isinstance(rows, IndexedRows), "what lies on this machine is read by number"
+    return rows
 
 
 def _look_at_image(
-    image: Mapping[str, Any], sample: Sample, rows: Rows, source: Mapping[str, Scalar]
+    image: Mapping[str, Any], sample: Sample, data: SourceData
 ) -> tuple[str | None, bool | None]:
     """(path of its file, whether it has the recorded hash)"""
-    root = source.get("image_root")
-    places = PictureSource(Path(str(root)) if root else rows.folder, bool(source.get("allow_outside")))
-    for reference in sample.references:
-        name, data = picture_bytes(reference, places)
-        if name == image["file"]:
-            same = hashlib.sha256(data).hexdigest() == image["sha256"]
-            if same or name != "embedded":
-                path = (places.root or Path()) / name if isinstance(reference, str) else None
-                return str(path) if path and path.is_file() else None, same
-    return None, None
+    found = data.find_picture(image, sample)
+    if found is None:
+        return None, None
+    return None if found.path is None else str(found.path), found.same
 
 
-def _token_string(token_id: int, source: Mapping[str, Scalar], notes: list[str]) -> str | None:
-    """By the model's tokenizer.json, where model or hub cache lie on this machine."""
+def _open_tokenizer(source: Mapping[str, Scalar], notes: list[str]) -> Any:
+    """The model's tokenizer.json, where model or hub cache lie on this machine; else None."""
     model, revision = str(source.get("model")), source.get("revision")
     try:
         from huggingface_hub import try_to_load_from_cache
@@ -146,16 +185,13 @@ def _token_string(token_id: int, source: Mapping[str, Scalar], notes: list[str])
 
         path: Any = Path(model) / "tokenizer.json"
         if not path.is_file():
-            path = try_to_load_from_cache(
-                model, "tokenizer.json", revision=None if revision is None else str(revision)
-            )
+            commit = None if revision is None else str(revision)
+            folder = Path(model).is_absolute()
+            path = None if folder else try_to_load_from_cache(model, "tokenizer.json", revision=commit)
         if not isinstance(path, str | Path):
             notes.append(f"token string: no tokenizer.json of {model} on this machine")
             return None
-        tokenizer = Tokenizer.from_file(str(path))
+        return Tokenizer.from_file(str(path))
     except (ImportError, OSError, ValueError, json.JSONDecodeError) as fault:
         notes.append(f"token string: {fault}")
         return None
-    string: str = tokenizer.decode([token_id], skip_special_tokens=False)
-    piece = tokenizer.id_to_token(token_id)
-    return piece if "\N{REPLACEMENT CHARACTER}" in string or not string else string

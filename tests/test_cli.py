@@ -10,7 +10,7 @@ from planted import write_planted
 
 from clt.cache_format import open_cache
 
-COMMANDS = ("harvest", "info", "verify", "train", "eval")
+COMMANDS = ("harvest", "info", "verify", "train", "eval", "features")
 
 
 @pytest.fixture(scope="module")

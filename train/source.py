@@ -1,5 +1,6 @@
 """What a run reads from: one split of one or several caches of one identity, as one row of chunks."""
 
+import copy
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ class Rows(NamedTuple):
 
     def copy(self, places: Ints, out: "Rows", start: int, pool: Executor) -> None:
         """Copy the tokens at `places` to `out`, side by side from `start`; a task for each site and layer."""
-        pairs = [(part[site], to[site]) for part, to in zip(self, out, strict=True) for site in SITES]
+        pairs = [(part[site], to[site]) for part, to in zip(self, out, strict=True) for site in self.codes]
         tasks = [(array[layer], to[layer]) for array, to in pairs for layer in range(len(array))]
 
         def gather(task: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> None:
@@ -139,13 +140,19 @@ class Source:
         counts = self.chosen[number]
         return place[counts], number[counts]
 
-    def allocate(self, n_chunks: int) -> Rows:
-        """Room for the stored numbers of n_chunks chunks."""
+    def only(self, place: int) -> "Source":
+        """The same tokens, of the one layer at this place."""
+        one = copy.copy(self)
+        one.layers, one._layer_indexes = (self.layers[place],), [self._layer_indexes[place]]
+        return one
+
+    def allocate(self, n_chunks: int, sites: Sequence[str] = SITES) -> Rows:
+        """Room for the stored numbers of n_chunks chunks; `fill` reads the sites that have some."""
         shape = (len(self.layers), n_chunks * CHUNK)
         int8 = self.manifest.precision == "int8"
-        codes = {s: np.empty((*shape, self.manifest.d_model), np.int8 if int8 else np.uint16) for s in SITES}
+        codes = {s: np.empty((*shape, self.manifest.d_model), np.int8 if int8 else np.uint16) for s in sites}
         blocks = self.manifest.n_blocks if int8 else 0
-        return Rows(codes, {site: np.empty((*shape, blocks), np.float16) for site in SITES})
+        return Rows(codes, {site: np.empty((*shape, blocks), np.float16) for site in sites})
 
     def fill(self, rows: Rows, chunks: Ints, pool: Executor) -> None:
         """Decode `chunks` side by side into `rows`, with the threads of `pool`."""
@@ -159,10 +166,10 @@ class Source:
             int8 = self.manifest.precision == "int8"
             fetched.decode(codes[portion.layer], scale[portion.layer] if int8 else None)
 
-        read_ahead(self._portions(chunks), fetch, decode, pool)
+        read_ahead(self._portions(chunks, tuple(rows.codes)), fetch, decode, pool)
 
-    def _portions(self, chunks: Ints) -> Iterator[Portion]:
-        """The chunks of every site and layer, by cache and window."""
+    def _portions(self, chunks: Ints, sites: Sequence[str]) -> Iterator[Portion]:
+        """The chunks of these sites and every layer, by cache and window."""
         owner, local = self._owners(chunks)
         parts: list[tuple[int, list[Place]]] = []
         for cache, split in enumerate(self._splits):
@@ -174,7 +181,7 @@ class Source:
             ordered = [by_window[window] for window in sorted(by_window)]
             for first in range(0, len(ordered), WINDOWS_AT_ONCE):
                 parts.append((cache, [*chain(*ordered[first : first + WINDOWS_AT_ONCE])]))
-        for site, layer in product(SITES, range(len(self.layers))):
+        for site, layer in product(sites, range(len(self.layers))):
             for cache, places in parts:
                 yield Portion(cache, site, layer, places)
 
