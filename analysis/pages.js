@@ -266,8 +266,9 @@ function keys(event) {
   const inList = !$("list-view").hidden;
   if (event.key === "/" && !typing) {
     event.preventDefault();
-    if (!inList) location.hash = "#/";
-    setTimeout(() => { $("search").focus(); $("search").select(); });
+    if (!inList) showList();
+    $("search").focus();
+    $("search").select();
   } else if (event.key === "Escape") {
     if (!inList) location.hash = "#/";
     else if (typing) event.target.blur();
@@ -299,16 +300,21 @@ function openAt(place) {
 // ---- one latent
 
 let listScroll = 0;
+function showList() {
+  if (location.hash.split("/").length > 2) history.pushState(null, "", "#/");
+  $("latent-view").hidden = true;
+  $("list-view").hidden = false;
+  document.title = `${run.run}: latents`;
+  refresh();
+  scrollTo(0, listScroll);
+}
+
 async function route() {
   const [, layer, latent] = location.hash.split("/");
   const of = run.layers.indexOf(Number(layer));
   const isLatent = layer && latent !== undefined && of !== NONE && Number(latent) < run.latents;
   if (!isLatent) {
-    $("latent-view").hidden = true;
-    $("list-view").hidden = false;
-    document.title = `${run.run}: latents`;
-    refresh();
-    scrollTo(0, listScroll);
+    showList();
     return;
   }
   if (!$("list-view").hidden) listScroll = scrollY;

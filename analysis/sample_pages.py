@@ -141,10 +141,8 @@ class SampleWriter:
         position, row, col = (columns[name][tokens] for name in ("position", "row", "col"))
         mine = np.flatnonzero((position >= first) & (position < last) & (row >= 0))
         width, height = image.get("size") or (1, 1)
-        grid = [
-            percent(patch_rectangle(image, r, c), width, height)
-            for r, c in zip(row[mine].tolist(), col[mine].tolist(), strict=True)
-        ]
+        at = zip(*(column[mine].tolist() for column in (position, row, col)), strict=True)
+        grid = [percent(patch_rectangle(image, *place), width, height) for place in at]
         picture = self._picture(nth, image, source)
         return {
             **{name: value for name, value in picture._asdict().items() if value is not None},

@@ -184,8 +184,8 @@ def test_texts_and_pictures_are_those_of_the_dataset(made: Made) -> None:
             np.testing.assert_array_equal(*map(pixels, paths))
             rectangles = sample["grids"][image["grid"]]
             for place, rectangle in zip(image["tokens"], rectangles, strict=True):
-                row_col = tokens["row"][mine][order][place], tokens["col"][mine][order][place]
-                expected = patch_rectangle(line, *map(int, row_col))
+                at = (int(tokens[name][mine][order][place]) for name in ("position", "row", "col"))
+                expected = patch_rectangle(line, *at)
                 np.testing.assert_allclose(rectangle, 100 * np.array(expected) / tiny.SIDE, atol=0.01)
     assert pictures == 8
     assert len(list((made.config.out / "pictures").iterdir())) == 8

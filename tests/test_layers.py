@@ -31,7 +31,17 @@ def test_import_never_pulls_in(module: str, forbidden: list[str]) -> None:
 def test_help_imports_nothing_heavy() -> None:
     """`clt --help` and the help of each command import no numpy, torch, zarr or transformers."""
     block = "".join(f"sys.modules[{n!r}] = None; " for n in ("torch", "numpy", "zarr", "transformers"))
-    for command in ([], ["harvest"], ["plan"], ["info"], ["verify"], ["train"], ["eval"], ["features"], ["export"]):
+    for command in (
+        [],
+        ["harvest"],
+        ["plan"],
+        ["info"],
+        ["verify"],
+        ["train"],
+        ["eval"],
+        ["features"],
+        ["export"],
+    ):
         code = (
             f"import sys; {block}sys.argv = ['clt', *{command!r}, '--help']; from clt.cli import main; main()"
         )
