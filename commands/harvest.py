@@ -1,6 +1,7 @@
 """`clt harvest`."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -72,14 +73,20 @@ def harvest_command(
     world_size: Annotated[
         int | None, typer.Option(help="processes that write one cache [default: torchrun's]")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="walk the data and tell what would be stored; no weights")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the model over the dataset once and store what its MLPs read and wrote."""
-    settings = {name: value for name, value in locals().items() if name != "as_json"}
+    settings = {name: value for name, value in locals().items() if name not in ("as_json", "dry_run")}
     settings["exclude"] = names(exclude)
     settings["rank"] = rank if rank is not None else int(os.environ.get("RANK", "0"))
     settings["world_size"] = world_size or int(os.environ.get("WORLD_SIZE", "1"))
     config = HarvestConfig(**settings)
+    if dry_run:
+        _look(config, as_json)
+        return
     from ..harvest.run import harvest
 
     with stop_on_signals():
@@ -90,3 +97,15 @@ def harvest_command(
     for name, kinds in report.kinds.items():
         lines.append(f"  {name}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
     answer(as_json, report._asdict(), "\n".join(lines))
+
+
+def _look(config: HarvestConfig, as_json: bool) -> None:
+    from ..harvest.dry_run import look, render
+
+    with stop_on_signals():
+        found = look(config)
+    examples = [
+        {**example._asdict(), "stretches": [one._asdict() for one in example.stretches]}
+        for example in found.examples
+    ]
+    answer(as_json, {**found._asdict(), "examples": examples}, render(found, sys.stdout.isatty()))
