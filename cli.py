@@ -15,6 +15,7 @@ from .commands.answers import BAD_USAGE, FAULTY, INTERRUPTED, OK
 from .commands.caches import info, verify
 from .commands.harvest import harvest_command
 from .commands.plan import plan_command
+from .commands.remote import pull_command, push_command
 from .commands.runs import eval_command, export_command, features_command, import_command
 from .commands.train import calibrate_command, train_command
 from .stopping import StopRequested
@@ -43,6 +44,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan_command,
     "info": info,
     "verify": verify,
+    "push": push_command,
+    "pull": pull_command,
     "train": train_command,
     "eval": eval_command,
     "features": features_command,

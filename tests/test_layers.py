@@ -15,6 +15,7 @@ RULES = [
     ("clt.train.evaluate", ["wandb", "transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.train.checkpoint", ["wandb", "transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.export.run", ["transformers", "datasets", "PIL", "clt.harvest"]),
+    ("clt.remote.copying", ["torch", "transformers", "datasets", "obstore", "clt.harvest", "clt.train"]),
     ("clt.planning.prediction", ["torch", "transformers", "datasets", "clt.harvest"]),
     ("clt.analysis.features", ["wandb", "transformers", "datasets"]),
     ("clt.cli", ["torch", "numpy", "zarr", "numcodecs", "transformers", "datasets"]),
@@ -31,17 +32,8 @@ def test_import_never_pulls_in(module: str, forbidden: list[str]) -> None:
 def test_help_imports_nothing_heavy() -> None:
     """`clt --help` and the help of each command import no numpy, torch, zarr or transformers."""
     block = "".join(f"sys.modules[{n!r}] = None; " for n in ("torch", "numpy", "zarr", "transformers"))
-    for command in (
-        [],
-        ["harvest"],
-        ["plan"],
-        ["info"],
-        ["verify"],
-        ["train"],
-        ["eval"],
-        ["features"],
-        ["export"],
-    ):
+    names = ("harvest", "plan", "push", "pull", "info", "verify", "train", "eval", "features", "export")
+    for command in ([], *([name] for name in names)):
         code = (
             f"import sys; {block}sys.argv = ['clt', *{command!r}, '--help']; from clt.cli import main; main()"
         )

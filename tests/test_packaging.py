@@ -12,9 +12,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_pyproject_lists_every_package() -> None:
     """A package that is not listed would work in a checkout and be missing from the wheel."""
+    names = ("analysis", "cache_format", "commands", "export", "harvest", "planning", "remote", "train")
     tree = {
         f"clt.{path.parent.relative_to(ROOT).as_posix().replace('/', '.')}"
-        for name in ("analysis", "cache_format", "commands", "export", "harvest", "planning", "train")
+        for name in names
         for path in (ROOT / name).rglob("__init__.py")
     }
     assert tree | {"clt"} == set(PROJECT["tool"]["setuptools"]["packages"])

@@ -47,9 +47,21 @@ def test_the_tree_is_the_tree() -> None:
     """Every module is named, and every name is a file."""
     tree = TEXT.split("## The tree")[1].split("## Development")[0]
     named = set(re.findall(r"\b[a-z0-9_]+\.py\b", tree)) - {"test_.py"}
+    folders = (".", "commands", "harvest", "cache_format", "train", "export", "analysis", "planning")
+    folders += ("remote",)
     modules = {
         path.name
-        for folder in (".", "commands", "harvest", "cache_format", "train", "export", "analysis", "planning")
+        for folder in (
+            ".",
+            "commands",
+            "harvest",
+            "cache_format",
+            "train",
+            "export",
+            "analysis",
+            "planning",
+            "remote",
+        )
         for path in (ROOT / folder).glob("*.py")
         if path.name not in ("__init__.py", "config.py")
     }

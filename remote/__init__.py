@@ -1,0 +1,1 @@
+"""Caches that lie on an object store: copied there and back, trained from, harvested to."""

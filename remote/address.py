@@ -1,0 +1,13 @@
+"""Which names are addresses. Imports nothing, so that commands and configs may ask."""
+
+import re
+from pathlib import Path
+
+SCHEMES = ("s3", "gs", "az", "https", "http", "hf")
+_ADDRESS = re.compile(rf"({'|'.join(SCHEMES)}):/+(.+)")
+
+
+def remote_address(name: str | Path) -> str | None:
+    """`s3://bucket/folder` of what was typed, or of the Path `s3:/bucket/folder` made of it; else None."""
+    found = _ADDRESS.fullmatch(str(name))
+    return f"{found[1]}://{found[2].rstrip('/')}" if found else None
