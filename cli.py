@@ -18,7 +18,7 @@ from .commands.plan import plan_command
 from .commands.remote import pull_command, push_command
 from .commands.runs import eval_command, export_command, features_command, import_command
 from .commands.train import calibrate_command, train_command
-from .stopping import StopRequested
+from .stopping import EndedByOthers, StopRequested
 
 # typer carries click inside; this is its base of all usage errors, which it does not export
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
@@ -72,6 +72,8 @@ def main() -> None:
     debug = len(arguments) < len(sys.argv) - 1
     try:
         code = app(args=arguments, prog_name="clt", standalone_mode=False)
+    except EndedByOthers as end:
+        code = end.code
     except UsageError as fault:
         _fail(fault, BAD_USAGE, debug)
     except (StopRequested, KeyboardInterrupt, typer.Abort) as fault:

@@ -10,10 +10,22 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Counts units of work on stderr; `total` may be unknown. leave=False: no trace is left at the end."""
+    """Counts units of work on stderr; `total` may be unknown. leave=False: no trace is left at the end.
 
-    def __init__(self, name: str, *, total: int | None, unit: str, done: int = 0, leave: bool = True) -> None:
-        self._name, self._total, self._unit = name, total, unit
+    quiet: nothing is shown at all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        total: int | None,
+        unit: str,
+        done: int = 0,
+        leave: bool = True,
+        quiet: bool = False,
+    ) -> None:
+        self._name, self._total, self._unit, self._quiet = name, total, unit, quiet
         self._leave = leave
         self._done = self._started_at = done
         self._note = ""
@@ -28,7 +40,7 @@ class Progress:
                 dynamic_ncols=True,
                 leave=leave,
             )
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and not quiet
             else None
         )
 
@@ -62,6 +74,8 @@ class Progress:
         self.add(done - self._done, note)
 
     def _line(self, time_text: str) -> None:
+        if self._quiet:
+            return
         self._last_line = time.monotonic()
         of = f"/{self._total}" if self._total else ""
         text = f"{self._name}: {self._done}{of} {self._unit}, {self.rate:.0f} {self._unit}/s{time_text}"

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a request that long loops answer between two units of work; twice means now."""
+"""Ctrl-C and SIGTERM as a request that long loops answer between two units of work; twice means now.
+
+And how one process of many ends when another one tells why.
+"""
 
 import signal
 from collections.abc import Iterator
@@ -15,6 +18,14 @@ class StopRequested(Exception):
     def check(cls) -> None:
         if cls.requested:
             raise cls
+
+
+class EndedByOthers(Exception):
+    """Another process of the same job says what happened: end with `code`, and without a word."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 @contextmanager

@@ -47,17 +47,21 @@ class Fetched(NamedTuple):
     """For errors: the split; layer and site"""
     wanted: list[Wanted]
 
-    def decode(self, codes: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None = None) -> None:
-        """Fill the chunks' places in `codes` (token, d_model) and, int8 only, `scale` (token, block)."""
-        arrays = [codes] if scale is None else [codes, scale]
+    def decode(self, codes: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None = None) -> int:
+        """Fill the chunks' places in `codes` (token, d_model) and, int8 only, `scale` (token, block).
+
+        How many stored bytes that were.
+        """
+        arrays, read = [codes] if scale is None else [codes, scale], 0
         for window, shards, slots in self.wanted:
             try:
                 for slot, at in slots:
                     part = slice(at * layout.CHUNK, (at + 1) * layout.CHUNK)
                     for shard, array in zip(shards, arrays, strict=True):
-                        shard.decode(slot, array[part])
+                        read += shard.decode(slot, array[part])
             except DamagedCacheError as fault:
                 raise _named(fault, window, self.where) from fault
+        return read
 
 
 class OpenShards:

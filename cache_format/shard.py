@@ -89,11 +89,15 @@ class Shard:
             self._map.madvise(mmap.MADV_RANDOM)  # no reading around a fault: `will_need` says what comes
             close()  # the map has its own
 
-    def decode(self, slot: int, out: npt.NDArray[Any]) -> None:
-        """Fill the contiguous array `out` with chunk `slot`; DamagedCacheError names file and chunk."""
+    def decode(self, slot: int, out: npt.NDArray[Any]) -> int:
+        """Fill the contiguous array `out` with chunk `slot`; its stored bytes.
+
+        DamagedCacheError names file and chunk.
+        """
         stored = self.stored(slot)
         try:
             decode_chunk(stored, out)
+            return len(stored)
         except DamagedCacheError as fault:
             raise DamagedCacheError(f"{self.path}, chunk {slot}: {fault}; copy the file again") from fault
 

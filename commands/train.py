@@ -126,12 +126,14 @@ def train_command(
 
 
 def _train(config: TrainConfig, resume: bool, as_json: bool) -> None:
+    from ..train.job import speaks
     from ..train.loop import train
     from ..train.report import render_training
 
     with stop_on_signals():
         report = train(config, resume)
-    answer(as_json, {**report._asdict(), "run": str(report.run)}, render_training(report))
+    if speaks():
+        answer(as_json, {**report._asdict(), "run": str(report.run)}, render_training(report))
 
 
 def _sweep(options: dict[str, Any], path: Path, folder: Path, resume: bool, as_json: bool) -> None:

@@ -11,16 +11,18 @@ from clt.cache_format import CacheWriter, Manifest
 LAYERS, WIDTH, FEATURES = 3, 24, 30
 
 
-def write_planted(path: Path, n_tokens: int, seed: int = 0, val: int = 0, precision: str = "int8") -> Path:
+def write_planted(
+    path: Path, n_tokens: int, seed: int = 0, val: int = 0, precision: str = "int8", layers: int = LAYERS
+) -> Path:
     """x_s = sparse code times a dictionary; y_t = all sources up to t times planted decoders, plus a mean."""
     world = np.random.default_rng(99)
-    dictionary = world.standard_normal((LAYERS, FEATURES, WIDTH)) / WIDTH**0.5
-    decoders = world.standard_normal((LAYERS, LAYERS, FEATURES, WIDTH)) / WIDTH**0.5
-    mean = world.standard_normal((LAYERS, WIDTH))
+    dictionary = world.standard_normal((layers, FEATURES, WIDTH)) / WIDTH**0.5
+    decoders = world.standard_normal((layers, layers, FEATURES, WIDTH)) / WIDTH**0.5
+    mean = world.standard_normal((layers, WIDTH))
     rng = np.random.default_rng(seed)
     manifest = Manifest(
         d_model=WIDTH,
-        layers=(0, 1, 2),
+        layers=tuple(range(layers)),
         precision=precision,
         step_divisor=16.0 if precision == "int8" else 0.0,
         window=512,
@@ -32,12 +34,12 @@ def write_planted(path: Path, n_tokens: int, seed: int = 0, val: int = 0, precis
         for split, total in (("train", n_tokens), ("val", val)):
             for first in range(0, total, 50):
                 n = min(50, total - first)
-                codes = rng.exponential(size=(n, LAYERS, FEATURES)) * (
-                    rng.random((n, LAYERS, FEATURES)) < 0.1
+                codes = rng.exponential(size=(n, layers, FEATURES)) * (
+                    rng.random((n, layers, FEATURES)) < 0.1
                 )
                 x = np.einsum("tlf,lfd->tld", codes, dictionary) + mean
                 y = np.stack(
-                    [sum(codes[:, s] @ decoders[s, t] for s in range(t + 1)) for t in range(LAYERS)], axis=1
+                    [sum(codes[:, s] @ decoders[s, t] for s in range(t + 1)) for t in range(layers)], axis=1
                 )
                 sample = first // 50 + (10**6 if split == "val" else 0)
                 values = {"mlp_in": x.astype(np.float32), "mlp_out": (y - 2 * mean).astype(np.float32)}

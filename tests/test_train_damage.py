@@ -108,12 +108,13 @@ def test_a_failed_fill_leaves_no_task_behind(whole: Path, monkeypatch: pytest.Mo
     """A layer that decodes on while another fails would write into a buffer that is filled anew."""
     source, running = Source([whole], "train"), []
 
-    def decode(self: Fetched, *_: object) -> None:
+    def decode(self: Fetched, *_: object) -> int:
         if self.where[1] == "layer 1, site mlp_in":
             raise DamagedCacheError("broken")
         running.append(self)
         time.sleep(0.2)
         running.pop()
+        return 0
 
     monkeypatch.setattr(Fetched, "decode", decode)
     with ThreadPoolExecutor(3) as pool:

@@ -9,7 +9,7 @@ jumprelu   pre where pre > theta = exp(log_threshold), with a straight-through g
            (Rajamanoharan et al. 2024, arXiv 2407.14435; Anthropic's update of January 2025)
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from .sparse import Codes
 THRESHOLD_RATE = 0.01
 """Share of the newest step in batchtopk's running threshold."""
 
+Pool = Callable[[Tensor], Tensor]
+"""From values (n,) of one process, those of all that have a share of the tokens."""
+
 
 class Activation:
     """The activation of one layer; pre-activations are (token, latent)."""
@@ -27,7 +30,7 @@ class Activation:
         """Codes of tokens that are looked at one by one."""
         raise NotImplementedError
 
-    def train(self, pres: Iterable[Tensor], n_tokens: int) -> list[Codes]:
+    def train(self, pres: Iterable[Tensor], n_tokens: int, pool: Pool = lambda values: values) -> list[Codes]:
         """Codes of the micro-batches of one optimiser step, n_tokens in all; one pre is held at a time."""
         return [self.infer(pre) for pre in pres]
 
@@ -64,7 +67,7 @@ class BatchTopK(Activation):
     def infer(self, pre: Tensor) -> Codes:
         return Codes.at((pre >= self.threshold) & (pre > 0), pre)
 
-    def train(self, pres: Iterable[Tensor], n_tokens: int) -> list[Codes]:
+    def train(self, pres: Iterable[Tensor], n_tokens: int, pool: Pool = lambda values: values) -> list[Codes]:
         """Micro-batches compete as if they were one batch; all that equal the smallest one kept are kept."""
         count, best = self.k * n_tokens, torch.zeros(0)
         codes = []
@@ -74,6 +77,9 @@ class BatchTopK(Activation):
             codes.append(Codes.at((pre >= floor) & (pre > 0), pre))
             best = torch.cat([best.to(pre), codes[-1].values])
             best = best.topk(min(count, len(best)), sorted=False).values
+        best = pool(best)
+        if len(best) > count:
+            best = best.topk(count, sorted=False).values
         if not len(best):
             return codes
         smallest = best.min()
@@ -95,7 +101,7 @@ class JumpRelu(Activation):
     def infer(self, pre: Tensor) -> Codes:
         return Codes.at(pre > self.theta, pre)
 
-    def train(self, pres: Iterable[Tensor], n_tokens: int) -> list[Codes]:
+    def train(self, pres: Iterable[Tensor], n_tokens: int, pool: Pool = lambda values: values) -> list[Codes]:
         """What lies in the lower half of the rectangle is among the codes, as zeros."""
         low = self.theta - self.bandwidth / 2
         return [Codes.at(pre > low, torch.where(pre > self.theta, pre, 0)) for pre in pres]

@@ -9,7 +9,9 @@ import numpy as np
 from .config import TrainConfig, lr_rule
 from .order import perfect_partners, predicted_partners
 from .plan import Plan
+from .ranks import Mesh, imbalance
 from .run import Run
+from .shape import Shape
 from .source import Source
 from .transcoder import CrossLayerTranscoder
 
@@ -17,8 +19,18 @@ SINK_WARNING = 0.5
 """Warn when sinks hold more than this share of a layer's variance."""
 
 
-def announce(config: TrainConfig, source: Source, model: CrossLayerTranscoder, plan: Plan, done: int) -> str:
-    """One line each on cache, transcoder, plan, learning rate, shuffling and folder; done: steps."""
+def announce(
+    config: TrainConfig,
+    source: Source,
+    model: CrossLayerTranscoder,
+    plan: Plan,
+    done: int,
+    mesh: Mesh | None = None,
+) -> str:
+    """One line each on cache, transcoder, plan, learning rate, shuffling and folder; done: steps.
+
+    mesh: of a run of many ranks, which has a line too.
+    """
     rows = {
         "cache": _cache(config, source),
         "clt": _transcoder(config, model),
@@ -27,6 +39,8 @@ def announce(config: TrainConfig, source: Source, model: CrossLayerTranscoder, p
         "shuffle": _shuffle(config, source),
         "run": f"{config.run}{_goes_on(done)}",
     }
+    if mesh is not None:
+        rows["ranks"] = _ranks(model.shape, mesh)
     return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
 
 
@@ -57,6 +71,15 @@ def _steps(config: TrainConfig, source: Source, plan: Plan) -> str:
 
 def _goes_on(done: int) -> str:
     return f", goes on after step {done}" if done else ""
+
+
+def _ranks(shape: Shape, mesh: Mesh) -> str:
+    owned = [[str(shape.layers[place]) for place in mesh.owned(shard)] for shard in range(mesh.shards)]
+    layers = " | ".join(" ".join(layers) for layers in owned)
+    return (
+        f"{mesh.world} = {mesh.shards} shards x {mesh.replicas} replicas; layers by shard: {layers}; the "
+        f"heaviest has {imbalance(shape, mesh):.2f} times the parameters of a mean one"
+    )
 
 
 def sink_warning(source: Source) -> str | None:

@@ -16,16 +16,18 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..cache_format.files import sync_folders, write_file
+from .exchange import ALONE, Exchange
 from .optimizer import Optimizer
 from .shape import Shape
 from .transcoder import CrossLayerTranscoder, empty_transcoder
@@ -47,24 +49,45 @@ class TrainerState(NamedTuple):
 
 
 def save_checkpoint(
-    run: Path, model: CrossLayerTranscoder, optimizer: Optimizer, state: TrainerState, keep: int
+    run: Path,
+    model: CrossLayerTranscoder,
+    optimizer: Optimizer,
+    state: TrainerState,
+    keep: int,
+    exchange: Exchange = ALONE,
 ) -> Path:
     """Write one step folder; older ones beyond `keep` go once it is in place, but for the best one.
+
+    Of many ranks each writes its layers.
 
     Raises OSError, with all that was saved before as it was, when the disk is full.
     """
     target = run / f"step-{state.step:08d}"
-    if (run / LATEST).exists() and checkpoint_folder(run) == target:
-        name_best(run)
+    if exchange.agree((run / LATEST).exists() and checkpoint_folder(run) == target):
+        if exchange.first:
+            name_best(run)
         return target  # asked to stop right after a save
-    for left in run.glob(".step-*"):
-        shutil.rmtree(left)
     partial = run / f".{target.name}.partial"
     try:
-        _write_step(partial, model, optimizer, state)
+        if exchange.first:
+            for left in run.glob(".step-*"):
+                shutil.rmtree(left)
+            _begin_step(partial, model, state)
+        exchange.agree(True)  # the folder is there
+        if exchange.replica == 0:
+            _write_layers(partial, model, optimizer)
+        exchange.agree(True)  # all have written
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    if exchange.first:
+        sync_folders([partial])
+        _publish(run, partial, target, keep)
+    exchange.agree(True)  # `latest` names it
+    return target
+
+
+def _publish(run: Path, partial: Path, target: Path, keep: int) -> None:
     if target.exists():  # a kill came before `latest` named it
         _remove(target)
     os.replace(partial, target)
@@ -75,7 +98,6 @@ def save_checkpoint(
     older = [step for step in steps if step < target and step != best]
     for old in [*older[: max(0, len(older) - keep + 1)], *(step for step in steps if step > target)]:
         _remove(old)
-    return target
 
 
 def name_best(run: Path) -> Path | None:
@@ -99,16 +121,19 @@ def _trainer(step: Path) -> dict[str, Any]:
     return data
 
 
-def _write_step(
-    partial: Path, model: CrossLayerTranscoder, optimizer: Optimizer, state: TrainerState
-) -> None:
-    partial.mkdir(parents=True)
-    (partial / "shape.json").write_text(json.dumps(asdict(model.shape)))
-    for place, layer in enumerate(model.shape.layers):
-        folder = partial / f"layers.{layer}"
+def _write_layers(partial: Path, model: CrossLayerTranscoder, optimizer: Optimizer) -> None:
+    for place in model.own:
+        folder = partial / f"layers.{model.shape.layers[place]}"
         folder.mkdir()
         _write_tensors(folder / "transcoder.safetensors", layer_tensors(model, place))
         _write_tensors(folder / "optimizer.safetensors", optimizer.state(place))
+        _sync_tree(folder)
+
+
+def _begin_step(partial: Path, model: CrossLayerTranscoder, state: TrainerState) -> None:
+    """The folder, and what is not of one layer."""
+    partial.mkdir(parents=True)
+    (partial / "shape.json").write_text(json.dumps(asdict(model.shape)))
     latents = {"tokens_since_fired": state.tokens_since_fired, **state.firing}
     _write_tensors(partial / "trainer.safetensors", latents)
     trainer = {"step": state.step, "tokens": state.tokens, "reader": state.reader}
@@ -131,18 +156,28 @@ def _remove(step: Path) -> None:
     shutil.rmtree(gone)
 
 
-def load_transcoder(path: str | Path) -> CrossLayerTranscoder:
-    """The transcoder of a run (its latest checkpoint), or of one step folder."""
+def load_transcoder(path: str | Path, own: Sequence[int] | None = None) -> CrossLayerTranscoder:
+    """The transcoder of a run (its latest checkpoint), or of one step folder; own: of these places only."""
     folder = checkpoint_folder(Path(path))
     shape = load_shape(folder)
-    first = load_file(folder / f"layers.{shape.layers[0]}" / "transcoder.safetensors")
-    model = empty_transcoder(shape, first["W_enc"].dtype)
-    with torch.no_grad():
-        for place, layer in enumerate(shape.layers):
-            stored = load_file(folder / f"layers.{layer}" / "transcoder.safetensors")
-            for name, tensor in layer_tensors(model, place).items():
-                tensor.copy_(stored[name])
+    with safe_open(_file(folder, shape, 0), "pt") as first:
+        dtype = first.get_tensor("W_enc").dtype
+    model = empty_transcoder(shape, dtype, own)
+    _load_weights(folder, model)
     return model
+
+
+@torch.no_grad()
+def _load_weights(folder: Path, model: CrossLayerTranscoder) -> None:
+    for place in range(model.shape.n_layers):
+        wanted = layer_tensors(model, place)
+        with safe_open(_file(folder, model.shape, place), "pt") as stored:
+            for name, tensor in wanted.items():
+                tensor.copy_(stored.get_tensor(name))
+
+
+def _file(folder: Path, shape: Shape, place: int) -> Path:
+    return folder / f"layers.{shape.layers[place]}" / "transcoder.safetensors"
 
 
 def load_shape(folder: Path) -> Shape:
@@ -154,12 +189,10 @@ def load_shape(folder: Path) -> Shape:
 
 def restore_training(folder: Path, model: CrossLayerTranscoder, optimizer: Optimizer) -> TrainerState:
     """Put weights and the optimiser's state back; where the run stood."""
-    with torch.no_grad():
-        for place, layer in enumerate(model.shape.layers):
-            stored = load_file(folder / f"layers.{layer}" / "transcoder.safetensors")
-            for name, tensor in layer_tensors(model, place).items():
-                tensor.copy_(stored[name])
-            optimizer.restore(place, load_file(folder / f"layers.{layer}" / "optimizer.safetensors"))
+    _load_weights(folder, model)
+    for place in model.own:
+        layer = model.shape.layers[place]
+        optimizer.restore(place, load_file(folder / f"layers.{layer}" / "optimizer.safetensors"))
     data = _trainer(folder)
     firing = load_file(folder / "trainer.safetensors")
     since = firing.pop("tokens_since_fired")
@@ -178,8 +211,10 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def layer_tensors(model: CrossLayerTranscoder, place: int) -> dict[str, Tensor]:
-    """Everything that belongs to one layer, by the name it has in the file; shares memory with the model."""
-    names = model.names("encoder") + model.names("decoder")
+    """Everything of one layer that is here, by the name it has in the file; shares memory with the model."""
+    names = model.names("encoder") + model.names("decoder") if place in model.own else ()
+    if place not in model.own and place in model.decoder_layers:
+        names = ("W_dec",)
     tensors = {name: getattr(model, name)[place].data for name in names}
     if model.shape.activation == "batchtopk":
         tensors["threshold"] = model.threshold[place]

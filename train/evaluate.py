@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cache_format.layout import KINDS
+from .exchange import ALONE, Exchange
 from .reader import Batch, read_in_order
 from .selection import Selection
 from .source import Source, default_threads, has_variance
@@ -60,6 +61,12 @@ class _Sums:
         self.fired = np.zeros((layers, latents), bool)
         self.tokens = 0
 
+    def gather(self, exchange: Exchange) -> None:
+        """Those of the layers that other ranks have."""
+        for sums in (self.kind, self.without, self.active):
+            sums[...] = exchange.sum_shards(torch.from_numpy(sums)).numpy()
+        self.fired[...] = exchange.sum_shards(torch.from_numpy(self.fired.astype(np.uint8))).numpy()
+
 
 def evaluate(
     model: CrossLayerTranscoder,
@@ -68,11 +75,14 @@ def evaluate(
     batch_tokens: int = 2048,
     threads: int | None = None,
     after_batch: Callable[[int], None] = lambda tokens: None,
+    exchange: Exchange = ALONE,
 ) -> Evaluation:
-    """One pass over the source's chosen tokens, in the order on disk; `after_batch` is told their number."""
-    return evaluate_all([model], source, batch_tokens=batch_tokens, threads=threads, after_batch=after_batch)[
-        0
-    ]
+    """One pass over the source's chosen tokens, in the order on disk; `after_batch` is told their number.
+
+    Of many ranks every replica takes the whole pass, and has the same numbers at its end.
+    """
+    options: dict[str, Any] = {"batch_tokens": batch_tokens, "threads": threads, "after_batch": after_batch}
+    return evaluate_all([model], source, exchange=exchange, **options)[0]
 
 
 @torch.no_grad()
@@ -83,6 +93,7 @@ def evaluate_all(
     batch_tokens: int = 2048,
     threads: int | None = None,
     after_batch: Callable[[int], None] = lambda tokens: None,
+    exchange: Exchange = ALONE,
 ) -> list[Evaluation]:
     """As `evaluate`, of many transcoders on one device from one pass: each token is decoded once."""
     sums = [_Sums(model) for model in models]
@@ -93,25 +104,34 @@ def evaluate_all(
             if len(place):
                 rows = source.allocate(len(chunks))
                 source.fill(rows, chunks, pool)
-                batch = Batch(rows.take(place, pool), token)
+                batch = Batch(rows.take(place, pool), token, source.own)
                 if len(models) > 1:
                     batch = batch.to(device)
                 for model, its_sums in zip(models, sums, strict=True):
-                    _add(its_sums, model, batch, source.kind[token])
+                    _add(its_sums, model, batch, source.kind[token], exchange)
                 after_batch(len(place))
+    for its_sums in sums:
+        its_sums.gather(exchange)
     return [_summary(its_sums, source) for its_sums in sums]
 
 
-def _add(sums: _Sums, model: CrossLayerTranscoder, batch: Batch, kind: npt.NDArray[np.uint8]) -> None:
+def _add(
+    sums: _Sums,
+    model: CrossLayerTranscoder,
+    batch: Batch,
+    kind: npt.NDArray[np.uint8],
+    exchange: Exchange,
+) -> None:
     device, dtype = model.inputs.mean.device, model.inputs.mean.dtype
     codes = {}
-    for source in range(model.shape.n_layers):
+    for source in model.own:
         standard = model.inputs.apply_to(batch.values("mlp_in", source, device, dtype), source)
         codes[source] = model.encode_layer(standard, source)
         positive = codes[source].values > 0
         sums.active[source] += int(positive.sum())
         sums.fired[source, codes[source].columns[positive].cpu().numpy()] = True
-    for target in range(model.shape.n_layers):
+    exchange.codes([codes], [len(batch)])
+    for target in model.own:
         truth = model.outputs.apply_to(batch.values("mlp_out", target, device, dtype), target)
         square = float(model.outputs.scale[target]) ** 2
         written = {

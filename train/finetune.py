@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import layer_tensors, load_transcoder
+from .checkpoint import checkpoint_folder, layer_tensors, load_shape, load_transcoder
 from .shape import Shape
 from .transcoder import CrossLayerTranscoder
 
@@ -20,9 +20,11 @@ def start_from(model: CrossLayerTranscoder, run: Path) -> list[str]:
     Layers of the run keep its means and scales, which its weights belong to. ValueError where the model has
     no place for something that the run has.
     """
-    old = load_transcoder(run)
-    _require_place(old.shape, model.shape, run)
-    places = [model.shape.layers.index(layer) for layer in old.shape.layers]
+    shape = load_shape(checkpoint_folder(run))
+    _require_place(shape, model.shape, run)
+    places = [model.shape.layers.index(layer) for layer in shape.layers]
+    mine_there = [there for there, here in enumerate(places) if here in model.own]
+    old = load_transcoder(run, None if shape.tie == "source" else mine_there)
     other_statistics = False
     for there, here in enumerate(places):
         kept, mine = layer_tensors(old, there), layer_tensors(model, here)
@@ -32,6 +34,8 @@ def start_from(model: CrossLayerTranscoder, run: Path) -> list[str]:
             mine[name].copy_(value)
     for source, target in _pairs(old.shape):
         layer, slot = model.shape.decoder_place(places[source], places[target])
+        if layer not in model.decoder_layers:
+            continue
         model.W_dec[layer][slot].copy_(old.decoder(source, target))
     return _notes(old.shape, model.shape, run, other_statistics)
 

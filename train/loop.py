@@ -13,10 +13,15 @@ from .announcement import announce, sink_warning
 from .checkpoint import checkpoint_folder
 from .config import TrainConfig
 from .evaluate import Evaluation, evaluate_all
+from .exchange import ALONE, RankExchange
 from .finite import DivergedError
+from .job import Job, joined
+from .meter import Meter
+from .ranks import Mesh
 from .reader import Reader
 from .run import Reading, Run, new_run, say, sizes_of_step
 from .selection import Selection
+from .shape import Shape
 from .source import NoTokensError, Source
 from .wandb_run import require_wandb
 
@@ -36,34 +41,61 @@ class TrainReport(NamedTuple):
 
 
 def train(config: TrainConfig, resume: bool = False) -> TrainReport:
-    """Fit a transcoder; with `resume`, go on from the run's latest checkpoint."""
+    """Fit a transcoder; with `resume`, go on from the run's latest checkpoint.
+
+    Under torchrun this process is one of the ranks that do so together; each returns the same, timings aside.
+    """
     if config.log_to_wandb:
         require_wandb()
+    with joined(config.run, config.device) as job:
+        return _train(config, resume, job)
+
+
+def _train(config: TrainConfig, resume: bool, job: Job | None) -> TrainReport:
     source = open_source(config, "train")
     if config.save_best:
         require_held_out(config)
-    run = new_run(config, source, resume)
+    exchange = ALONE if job is None else _meet(config, source, job)
+    again = job is not None and job.restarted and (config.run / "config.json").exists()
+    resume = exchange.anyone(resume or again)
+    run = new_run(config, source, resume, exchange)
     state = run.begin(resume)
-    say(announce(config, source, run.model, run.plan, run.step))
+    say(announce(config, source, run.model, run.plan, run.step, exchange.mesh))
     if warning := sink_warning(source):
         say(warning)
-    with new_reader(config, source) as reader, run:
+    with new_reader(config, source, exchange.mesh) as reader, run:
         if state is not None:
             reader.restore(state)
+        meter = Meter(exchange, reader, run.tokens)
         seconds = Loop([run], reader).go()
+        if text := meter.report(run.model.shape, config, run.tokens, seconds):
+            say(text)
         (held_out,) = held_out_numbers([run])
         run.write_report(held_out)
     found = None if isinstance(held_out, str) else held_out.to_json(source.layers)
     return TrainReport(config.run, run.step, run.tokens, run.fvu, seconds, reader.waited / seconds, found)
 
 
-def new_reader(config: TrainConfig, source: Source) -> Reader:
+def _meet(config: TrainConfig, source: Source, job: Job) -> RankExchange:
+    """Share the layers out; from here on the source reads those of this rank."""
+    if config.offload != "none" and config.transcoder.tie == "source":
+        raise ValueError("--offload of decoders tied by source: expected one process, found torchrun")
+    shape = Shape.of(config.transcoder, source.layers, source.manifest.d_model)
+    mesh = Mesh.of(shape, job.world, job.rank)
+    job.names = [each.name(shape) for each in mesh.everyone]
+    source.own = mesh.own
+    return RankExchange(shape, mesh)
+
+
+def new_reader(config: TrainConfig, source: Source, mesh: Mesh | None = None) -> Reader:
     return Reader(
         source,
         buffer_tokens=config.buffer_tokens,
         seed=config.read_seed,
         threads=config.threads,
         order=config.order,
+        rank=mesh.replica if mesh else 0,
+        world_size=mesh.replicas if mesh else 1,
     )
 
 
@@ -86,14 +118,15 @@ def held_out_numbers(runs: Sequence[Run]) -> list[Evaluation | str]:
         source = open_source(config, "val")
     except NoTokensError as missing:
         return [str(missing)] * len(runs)
-    with Progress("held out", total=source.n_tokens, unit="tok") as progress:
+    exchange, source.own = runs[0].exchange, runs[0].source.own
+    with Progress("held out", total=source.n_tokens, unit="tok", quiet=not exchange.first) as progress:
 
         def after_batch(tokens: int) -> None:
             progress.add(tokens)
-            StopRequested.check()
+            exchange.check_stop()
 
-        models = [run.model for run in runs]
-        return [*evaluate_all(models, source, threads=config.threads, after_batch=after_batch)]
+        models, threads = [run.model for run in runs], config.threads
+        return [*evaluate_all(models, source, threads=threads, after_batch=after_batch, exchange=exchange)]
 
 
 def _held_out_fvus(runs: Sequence[Run]) -> list[float]:
@@ -129,7 +162,7 @@ class Loop:
     ) -> None:
         """on_divergence: told of a run that is given up; raises where the others are not to go on."""
         self.runs, self.reader, self._on_divergence = list(runs), reader, on_divergence
-        self.config, self.plan = runs[0].config, runs[0].plan
+        self.config, self.plan, self._exchange = runs[0].config, runs[0].plan, runs[0].exchange
         self.step, self.tokens = min((run.step, run.tokens) for run in runs)
 
     def go(self) -> float:
@@ -137,7 +170,8 @@ class Loop:
         began, plan = time.monotonic(), self.plan
         if self.step >= plan.steps:
             return max(time.monotonic() - began, 1e-9)
-        with Progress("train", total=plan.tokens, unit="tok", done=self.tokens) as progress:
+        quiet = not self._exchange.first
+        with Progress("train", total=plan.tokens, unit="tok", done=self.tokens, quiet=quiet) as progress:
             try:
                 while self.step < plan.steps and self.runs:
                     before = self.tokens
@@ -145,7 +179,7 @@ class Loop:
                     progress.add(self.tokens - before, f"step {self.step}/{plan.steps}, {self._fvus()}")
                     if self.step % self.config.save_every == 0 and self.step < plan.steps:
                         self.save()
-                    StopRequested.check()
+                    self._exchange.check_stop()
             except StopRequested:
                 self.save(measure=False)
                 latest = ", ".join(str(checkpoint_folder(run.config.run)) for run in self.runs)
@@ -164,7 +198,7 @@ class Loop:
         reading = Reading(time.monotonic() - began, self.reader.waited - waited)
         for run in self._due():
             self._attempt(run, lambda run=run: run.take_step(batches, reading))  # type: ignore[misc]
-        self.step, self.tokens = self.step + 1, self.tokens + sum(map(len, batches))
+        self.step, self.tokens = self.step + 1, self.tokens + sum(len(batch.all_tokens) for batch in batches)
 
     def save(self, measure: bool = True) -> None:
         """Of every run that stands here; one that waits ahead was saved there. measure: held-out FVU too."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .exchange import ALONE, Exchange
 from .sparse import Codes
 from .transcoder import CrossLayerTranscoder
 
@@ -43,8 +44,10 @@ class Extras(NamedTuple):
 class Penalties:
     """Sparsity and dead latents' loss of one step, with the decoder norms that it began with."""
 
-    def __init__(self, model: CrossLayerTranscoder, extras: Extras, n_tokens: int) -> None:
-        self.model = model
+    def __init__(
+        self, model: CrossLayerTranscoder, extras: Extras, n_tokens: int, exchange: Exchange
+    ) -> None:
+        self.model, self._exchange = model, exchange
         self.weights = {
             name: weight / n_tokens
             for name, weight in (("sparsity", extras.sparsity), ("dead_latents", extras.dead_latents))
@@ -54,8 +57,13 @@ class Penalties:
         """By name, weight included."""
         dead = extras.dead if extras.dead is not None else torch.zeros(model.shape.n_layers, 0)
         self._dead = [torch.nonzero(row).flatten() for row in dead]
-        self._norms = [decoder_norms(model, s) for s in range(model.shape.n_layers)] if self.weights else []
+        self._norms: list[Tensor] = list(decoder_norms(model, exchange)) if self.weights else []
         self._norm_grads = [torch.zeros_like(norms) for norms in self._norms]
+
+    def exchange_norm_grads(self) -> None:
+        """Once all sources are encoded: the gradients of their norms, for the targets of all shards."""
+        if self.weights:
+            self._norm_grads = list(self._exchange.sum_shards(torch.stack(self._norm_grads)))
 
     def of_codes(self, source: int, codes: Codes) -> Tensor:
         """Take the codes of one micro-batch into account; the gradient of its values (code,)."""
@@ -106,10 +114,14 @@ class Penalties:
         return share[:, None] * weight
 
 
-def decoder_norms(model: CrossLayerTranscoder, source: int) -> Tensor:
-    """(latent,): norm of all that each latent of the source writes, over all its targets."""
-    squares = [model.decoder(source, t).square().sum(dim=1) for t in model.shape.targets(source)]
-    return torch.stack(squares).sum(dim=0).sqrt()
+def decoder_norms(model: CrossLayerTranscoder, exchange: Exchange = ALONE) -> Tensor:
+    """(layer, latent): norm of all that each latent of each source writes, over all its targets."""
+    squares = model.inputs.mean.new_zeros(model.shape.n_layers, model.shape.n_latents)
+    for source in range(model.shape.n_layers):
+        for target in model.shape.targets(source):
+            if target in model.own:
+                squares[source] += model.decoder(source, target).square().sum(dim=1)
+    return exchange.sum_shards(squares).sqrt()
 
 
 def dead_codes(pre: Tensor, dead: Tensor, k: int) -> Codes:

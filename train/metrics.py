@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..cache_format.layout import KINDS
 from .curves import Curves, Doubles
+from .exchange import ALONE, Exchange
 from .order import measured_partners
 from .reader import Batch
 from .selection import Selection
@@ -97,10 +98,13 @@ class FiringCounts:
 
 
 class StepAverages:
-    """Numbers of the steps since the last line of metrics.jsonl: nothing is dropped with `--log-every`."""
+    """Numbers of the steps since the last line of metrics.jsonl: nothing is dropped with `--log-every`.
 
-    def __init__(self, layers: tuple[int, ...], variance: KindVariance) -> None:
-        self._layers, self._variance = layers, variance
+    Each rank adds up those of its layers and tokens; a line has the sums over all.
+    """
+
+    def __init__(self, layers: tuple[int, ...], variance: KindVariance, exchange: Exchange = ALONE) -> None:
+        self._layers, self._variance, self._exchange = layers, variance, exchange
         self._reset()
 
     def _reset(self) -> None:
@@ -118,8 +122,11 @@ class StepAverages:
     def add(
         self, result: StepResult, batches: list[Batch], *, grad_norm: float, seconds: float, waited: float
     ) -> None:
-        """One optimiser step, which took `seconds` and waited for its tokens for `waited` of them."""
-        tokens = sum(len(batch) for batch in batches)
+        """One optimiser step, which took `seconds` and waited for its tokens for `waited` of them.
+
+        result: of this rank; grad_norm: of all.
+        """
+        tokens = sum(len(batch.all_tokens) for batch in batches)
         self._steps, self._tokens = self._steps + 1, self._tokens + tokens
         self._loss += tokens * float(result.loss)
         for name, value in result.extra.items():
@@ -129,7 +136,7 @@ class StepAverages:
         self._grad_norm += grad_norm
         self._seconds, self._waited = self._seconds + seconds, self._waited + waited
         source = self._variance.source
-        self._partners += float(np.mean([measured_partners(source.sample[b.token]) for b in batches]))
+        self._partners += float(np.mean([measured_partners(source.sample[b.all_tokens]) for b in batches]))
         kind_of = source.kind[np.concatenate([batch.token for batch in batches])]
         for kind in self._variance.kinds:
             mine = torch.from_numpy(kind_of == KINDS.index(kind)).to(result.square_error.device)
@@ -138,6 +145,7 @@ class StepAverages:
 
     def take(self) -> dict[str, float]:
         """The averages by name, and begin anew."""
+        self._gather()
         tokens, steps, fvu, l0 = self._tokens, self._steps, self._fvu / self._tokens, self._l0 / self._tokens
         seen = [kind for kind, count in self._count.items() if count]
         numbers = {
@@ -154,6 +162,21 @@ class StepAverages:
         }
         self._reset()
         return numbers
+
+    def _gather(self) -> None:
+        """Sums over all ranks."""
+        single = np.array([self._loss, self._waited, *self._extra.values()])
+        errors = list(self._error.values())
+        mine = torch.from_numpy(np.concatenate([single, self._fvu, self._l0, *errors]))
+        total = self._exchange.total(mine).numpy()
+        n_layers, world = len(self._layers), self._exchange.world
+        single, rows = total[: len(single)], total[len(single) :].reshape(-1, n_layers)
+        self._loss, self._waited = float(single[0]), float(single[1]) / world
+        self._extra = dict(zip(self._extra, single[2:].tolist(), strict=True))
+        self._fvu, self._l0, *errors = rows
+        self._error = dict(zip(self._error, errors, strict=True))
+        counts = self._exchange.sum_replicas(torch.tensor(list(self._count.values()), dtype=torch.int64))
+        self._count = dict(zip(self._count, counts.tolist(), strict=True))
 
 
 class MetricsFile:

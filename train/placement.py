@@ -51,9 +51,9 @@ class Offload(Placement):
     def __init__(self, model: CrossLayerTranscoder, optimizer: Optimizer, zeros: Zeros) -> None:
         self._model, self._optimizer = model, optimizer
         self._names = away_names(model)
-        self._home = [self._settle_in(layer, zeros) for layer in range(model.shape.n_layers)]
+        self._home = {layer: self._settle_in(layer, zeros) for layer in model.own}
         at_work = model.shape.n_targets if model.shape.tie == "source" else 1
-        count = min(at_work + 1, model.shape.n_layers)
+        count = min(at_work + 1, len(model.own))
         self._free = [self._room(model.inputs.mean.device) for _ in range(count)]
         self._mover = _Mover(model.inputs.mean.device)
         self._coming: dict[int, tuple[Parts, Future[None]]] = {}
@@ -66,7 +66,7 @@ class Offload(Placement):
         return sum(part.numel() * part.element_size() for room in self._free for part in room.values())
 
     def start(self) -> None:
-        self._fetch(0)
+        self._fetch(self._model.own[0])
 
     def begin(self, layer: int) -> None:
         self._fetch(layer)
@@ -74,8 +74,8 @@ class Offload(Placement):
         coming.result()
         self._here[layer] = room
         self._use(layer, {key: _view(room[key], part) for key, part in self._home[layer].items()})
-        if layer + 1 < len(self._home):
-            self._fetch(layer + 1)
+        if later := [other for other in self._model.own if other > layer]:
+            self._fetch(later[0])
 
     def end(self, layer: int) -> None:
         room, home = self._here.pop(layer), self._home[layer]
@@ -116,7 +116,7 @@ class Offload(Placement):
     def _room(self, device: torch.device) -> Parts:
         """As much of each part as the largest layer has."""
         sizes: dict[str, Tensor] = {}
-        for parts in self._home:
+        for parts in self._home.values():
             for key, part in parts.items():
                 if key not in sizes or part.numel() > sizes[key].numel():
                     sizes[key] = part

@@ -42,9 +42,18 @@ class Batch(NamedTuple):
     rows: Rows
     token: Ints
     """(token,): its number in the source"""
+    layers: tuple[int, ...] | None = None
+    """Places of the layers that `rows` has; None: all"""
+    everyones: Ints | None = None
+    """As `token`, of all ranks that share the batch; None: there is one"""
 
     def __len__(self) -> int:
         return len(self.token)
+
+    @property
+    def all_tokens(self) -> Ints:
+        """Numbers of the whole batch's tokens, of which `token` are this rank's share."""
+        return self.token if self.everyones is None else self.everyones
 
     def to(self, device: torch.device) -> "Batch":
         """The same with all stored numbers on the device, for values that are asked for many times.
@@ -55,14 +64,15 @@ class Batch(NamedTuple):
         def moved(part: dict[str, Any]) -> dict[str, Any]:
             return {site: torch.as_tensor(array, device=device) for site, array in part.items()}
 
-        return Batch(Rows(*map(moved, self.rows)), self.token)
+        return self._replace(rows=Rows(*map(moved, self.rows)))
 
     def values(self, site: str, layer_index: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(token, d_model) in model units; codes cross to the device before they become floats."""
-        codes = torch.as_tensor(self.rows.codes[site][layer_index], device=device)
+        row = layer_index if self.layers is None else self.layers.index(layer_index)
+        codes = torch.as_tensor(self.rows.codes[site][row], device=device)
         if codes.dtype == torch.uint16:
             return codes.view(torch.bfloat16).to(dtype)
-        scale = torch.as_tensor(self.rows.scales[site][layer_index], device=device).to(dtype)
+        scale = torch.as_tensor(self.rows.scales[site][row], device=device).to(dtype)
         d_model = codes.shape[1]
         if d_model % BLOCK == 0:  # (token, block, BLOCK) times (token, block, 1)
             blocks = codes.to(dtype).view(len(codes), -1, BLOCK)
@@ -100,6 +110,8 @@ class Reader:
         self.epoch = self.buffer = self.offset = 0
         self.waited = 0.0
         """Seconds that `next` waited for decoding."""
+        self.tokens_read = 0
+        """Tokens that count in all buffers that were filled"""
         self.threads = threads or default_threads()
         self._pool = ThreadPoolExecutor(self.threads, "clt-decode")
         self._gather = ThreadPoolExecutor(self.threads, "clt-gather")
@@ -124,8 +136,8 @@ class Reader:
         Raises DamagedCacheError with file, window, layer and site where a chunk does not decode.
         """
         first, end = (n_tokens * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        batch = Batch(self._room[0].room(end - first), np.empty(end - first, np.int64))
-        passed = 0
+        whole = np.empty(n_tokens, np.int64)
+        rows, passed = self._room[0].room(end - first), 0
         while passed < n_tokens:
             current = self._serve()
             stop = min(self.offset + n_tokens - passed, len(current.place))
@@ -134,12 +146,12 @@ class Reader:
             mine = slice(max(self.offset, shift), min(stop, shift + end - first))
             if mine.stop > mine.start:
                 at = mine.start - shift
-                current.rows.copy(current.place[mine], batch.rows, at, self._gather)
-                batch.token[at : mine.stop - shift] = current.token[mine]
+                current.rows.copy(current.place[mine], rows, at, self._gather)
+            whole[passed : passed + stop - self.offset] = current.token[self.offset : stop]
             passed, self.offset = passed + stop - self.offset, stop
             if self.offset == len(current.place):
                 self._advance()
-        return batch
+        return Batch(rows, whole[first:end], self.source.own, whole)
 
     def memory_bytes(self, batch_tokens: int) -> int:
         """At most, of this reader and its source, with batches of batch_tokens of which one is alive.
@@ -216,6 +228,7 @@ class Reader:
         rows = self._room[(epoch * self.order.n_buffers + buffer) % len(self._room)]
         self.source.fill(rows, chunks, self._pool)
         place, token = self.source.tokens_of(chunks)
+        self.tokens_read += len(place)
         shuffled = self.order.shuffled(len(place), epoch, buffer)
         return _Buffer(rows, place[shuffled], token[shuffled])
 

@@ -12,8 +12,10 @@ import torch
 from .checkpoint import LATEST, TrainerState, checkpoint_folder, name_best, restore_training, save_checkpoint
 from .config import TrainConfig
 from .evaluate import Evaluation
+from .exchange import ALONE, Exchange
 from .finetune import start_from
 from .finite import DivergedError, NotFiniteError, require_finite_loss, require_finite_weights
+from .job import local_rank, speaks
 from .losses import Extras
 from .metrics import DeadLatents, FiringCounts
 from .optimizer import Optimizer, learning_rate
@@ -24,9 +26,9 @@ from .reader import Batch
 from .report_page import write_page
 from .run_folder import begin_run
 from .run_log import RunLog
-from .run_report import Place, report_run
+from .run_report import Place, decoder_norms, report_run
 from .source import Source
-from .step import train_step
+from .step import StepResult, train_step
 from .transcoder import CrossLayerTranscoder, Zeros, new_transcoder, pageable_zeros
 
 
@@ -41,8 +43,10 @@ class Reading(NamedTuple):
 class Run:
     """Begun by `begin`; within its context it logs."""
 
-    def __init__(self, config: TrainConfig, source: Source, model: CrossLayerTranscoder) -> None:
-        self.config, self.source, self.model = config, source, model
+    def __init__(
+        self, config: TrainConfig, source: Source, model: CrossLayerTranscoder, exchange: Exchange = ALONE
+    ) -> None:
+        self.config, self.source, self.model, self.exchange = config, source, model, exchange
         self.plan = plan(config, source, model.shape.n_latents)
         clip, compiled = config.max_grad_norm, config.compile
         self.optimizer = Optimizer(model, config.optimizer, config.seed, clip, compiled)
@@ -65,9 +69,10 @@ class Run:
     def begin(self, resume: bool) -> dict[str, Any] | None:
         """Make the folder, or go on from its latest checkpoint: then, where the reader stood."""
         state = None
-        resume = begin_run(self.config, resume)
-        save_origin(self.config.run, self.source.manifest.source, self.source.manifest.seed)
-        if resume:
+        if self.exchange.first:
+            resume = begin_run(self.config, resume)
+            save_origin(self.config.run, self.source.manifest.source, self.source.manifest.seed)
+        if self.exchange.agree(resume):
             state = self._restore()
         self.model.outputs.measure(self.source.statistics("mlp_out").variance)
         return state
@@ -80,7 +85,7 @@ class Run:
         return state.reader
 
     def __enter__(self) -> "Run":
-        self.log = RunLog(self.config, self.source, self.model, self.step)
+        self.log = RunLog(self.config, self.source, self.model, self.step, self.exchange)
         return self
 
     def __exit__(
@@ -98,18 +103,32 @@ class Run:
         self.optimizer.begin(self.step, self.lr)
         with self._stops_where_not_finite():
             result = train_step(
-                self.model, batches, self.optimizer.apply, config.fvu_variance, self.extras(), self.placement
+                self.model,
+                batches,
+                self.optimizer.apply,
+                config.fvu_variance,
+                self.extras(),
+                self.placement,
+                self.exchange,
             )
             require_finite_loss(result.fvu, self.source.layers)
-        tokens = sum(len(batch) for batch in batches)
+        tokens = sum(len(batch.all_tokens) for batch in batches)
         self.step, self.tokens = self.step + 1, self.tokens + tokens
-        self.dead.update(result.fired, tokens)
-        self.firing.update(result.fired, tokens)
-        self.fvu = float(result.fvu.mean())
-        norm, seconds = self.optimizer.grad_norm, reading.seconds + time.monotonic() - began
+        fired = self.exchange.total(result.fired.int())
+        self.dead.update(fired, tokens)
+        self.firing.update(fired, tokens)
+        norm = self._sum_up(result)
+        seconds = reading.seconds + time.monotonic() - began
         self.log.add(result, batches, grad_norm=norm, seconds=seconds, waited=reading.waited)
         if self.step % config.log_every == 0:
             self.write_line()
+
+    def _sum_up(self, result: StepResult) -> float:
+        """Set `fvu`; the norm of the gradients of all layers."""
+        mine = torch.tensor([float(result.fvu.sum()), self.optimizer.grad_norm**2], dtype=torch.float64)
+        fvu, square = self.exchange.total(mine).tolist()
+        self.fvu = fvu / self.model.shape.n_layers
+        return float((square / self.exchange.replicas) ** 0.5)
 
     def write_line(self) -> None:
         k = self.model.shape.layer_k and self.k(max(self.step - 1, 0))
@@ -143,15 +162,19 @@ class Run:
         self.write_line()
         firing = self.firing.state()
         state = TrainerState(self.step, self.tokens, reader, self.dead.since, firing, held_out_fvu)
-        save_checkpoint(self.config.run, self.model, self.optimizer, state, self.config.keep)
+        save_checkpoint(self.config.run, self.model, self.optimizer, state, self.config.keep, self.exchange)
         self.write_report("Held-out numbers are measured when the run is complete.")
 
     def write_report(self, held_out: Evaluation | str) -> None:
         """report.html as of now; held_out: or why there is no evaluation."""
         place = Place(self.step, self.plan.steps, self.tokens)
-        curves = self.log.curves
-        report = report_run(self.config, self.source, self.model, place, curves, self.firing, held_out)
-        write_page(self.config.run / "report.html", report)
+        norms = decoder_norms(self.model, self.exchange)
+        if self.exchange.first:
+            curves = self.log.curves
+            report = report_run(
+                self.config, self.source, self.model.shape, place, curves, norms, self.firing, held_out
+            )
+            write_page(self.config.run / "report.html", report)
 
     @contextmanager
     def _stops_where_not_finite(self) -> Iterator[None]:
@@ -171,16 +194,17 @@ class Run:
             ) from fault
 
 
-def new_run(config: TrainConfig, source: Source, resume: bool) -> Run:
+def new_run(config: TrainConfig, source: Source, resume: bool, exchange: Exchange = ALONE) -> Run:
     """A run with fresh weights, or those that it is to start from; writes nothing."""
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(f"cuda:{local_rank()}" if name == "cuda" else name)
     dtype = getattr(torch, config.dtype)
     model = new_transcoder(config.transcoder, source, dtype, config.seed, zeros_for(config))
     move(model, device, leave=away_names(model) if config.offload != "none" else [])
     if config.finetune and not (resume and (config.run / LATEST).exists()):
         for note in start_from(model, config.finetune):
             say(note)
-    return Run(config, source, model)
+    return Run(config, source, model, exchange)
 
 
 def zeros_for(config: TrainConfig) -> Zeros:
@@ -198,5 +222,6 @@ def sizes_of_step(config: TrainConfig, tokens_left: int) -> Sequence[int]:
 
 
 def say(text: str) -> None:
-    """To the user, beside the result."""
-    print(text, file=sys.stderr, flush=True)
+    """To the user, beside the result; of many processes one does."""
+    if speaks():
+        print(text, file=sys.stderr, flush=True)

@@ -1,6 +1,8 @@
 """What a run says of itself while it trains: metrics.jsonl, the same to W&B, and report.html."""
 
 from .config import TrainConfig
+from .curves import Curves
+from .exchange import ALONE, Exchange
 from .metrics import DeadLatents, KindVariance, MetricsFile, StepAverages
 from .reader import Batch
 from .source import Source
@@ -17,13 +19,19 @@ class RunLog:
     """
 
     def __init__(
-        self, config: TrainConfig, source: Source, model: CrossLayerTranscoder, last_step: int
+        self,
+        config: TrainConfig,
+        source: Source,
+        model: CrossLayerTranscoder,
+        last_step: int,
+        exchange: Exchange = ALONE,
     ) -> None:
         self._config, self._layers = config, source.layers
-        self._wandb = WandbRun(config) if config.log_to_wandb else None
-        self._averages = StepAverages(source.layers, KindVariance(source, model))
-        self._file = MetricsFile(config.run / "metrics.jsonl", last_step)
-        self.curves = self._file.curves
+        first = exchange.first
+        self._wandb = WandbRun(config) if config.log_to_wandb and first else None
+        self._averages = StepAverages(source.layers, KindVariance(source, model), exchange)
+        self._file = MetricsFile(config.run / "metrics.jsonl", last_step) if first else None
+        self.curves = self._file.curves if self._file is not None else Curves()
 
     def add(
         self, result: StepResult, batches: list[Batch], *, grad_norm: float, seconds: float, waited: float
@@ -47,13 +55,15 @@ class RunLog:
         }
         if k is not None:
             line["k"] = k
-        self._file.write(line)
+        if self._file is not None:
+            self._file.write(line)
         if self._wandb is not None:
             self._wandb.write(line)
 
     def close(self, failed: bool) -> None:
         """The second time it does nothing."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._wandb is not None:
             self._wandb.close(failed)
             self._wandb = None

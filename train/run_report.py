@@ -9,6 +9,7 @@ from ..cache_format.layout import KINDS
 from .config import TrainConfig
 from .curves import Curves, Doubles
 from .evaluate import Evaluation
+from .exchange import Exchange
 from .metrics import FiringCounts
 from .shape import Shape
 from .source import Source
@@ -46,9 +47,10 @@ class RunReport(NamedTuple):
 def report_run(
     config: TrainConfig,
     source: Source,
-    model: CrossLayerTranscoder,
+    shape: Shape,
     place: Place,
     curves: Curves,
+    norms: Doubles,
     firing: FiringCounts,
     held_out: Evaluation | str,
 ) -> RunReport:
@@ -56,29 +58,32 @@ def report_run(
     return RunReport(
         name=config.run.resolve().name,
         place=place,
-        layers=model.shape.layers,
+        layers=shape.layers,
         curves=curves,
-        decoder_norms=decoder_norms(model),
+        decoder_norms=norms,
         frequency=firing.frequency().numpy(),
         counted_tokens=firing.tokens,
         held_out=held_out,
-        settings=settings_of(config, model.shape),
+        settings=settings_of(config, shape),
         cache=identity_of(source),
     )
 
 
 @torch.no_grad()
-def decoder_norms(model: CrossLayerTranscoder) -> Doubles:
+def decoder_norms(model: CrossLayerTranscoder, exchange: Exchange) -> Doubles:
     """(source, target): mean over latents of the norm of what one writes at activation 1; NaN: no decoder.
 
     In standard units, so that targets of different scale can be compared.
     """
-    norms = np.full((model.shape.n_layers, model.shape.n_layers), np.nan)
-    for target in range(model.shape.n_layers):
-        for source in model.shape.sources(target):
-            weight = model.decoder(source, target)
-            norms[source, target] = float(torch.linalg.vector_norm(weight, dim=1).mean())
-    return norms
+    shape = model.shape
+    norms = torch.zeros(shape.n_layers, shape.n_layers, dtype=torch.float64)
+    for target in model.own:
+        for source in shape.sources(target):
+            norms[source, target] = torch.linalg.vector_norm(model.decoder(source, target), dim=1).mean()
+    found: Doubles = exchange.sum_shards(norms).numpy()
+    for target in range(shape.n_layers):
+        found[[s for s in range(shape.n_layers) if s not in shape.sources(target)], target] = np.nan
+    return found
 
 
 def settings_of(config: TrainConfig, shape: Shape) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from concurrent.futures import Executor
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..cache_format import Cache, CacheError, Manifest, open_cache
+from ..cache_format import Cache, CacheError, Manifest, layout, open_cache
 from ..cache_format.layout import CHUNK, KINDS, SITES, window_files
 from ..cache_format.open_shards import KEPT, Fetched, Place
 from ..cache_format.statistics import SiteSums, Statistics, group_mask, summarise
@@ -88,6 +89,11 @@ class Source:
         self.manifest: Manifest = self.caches[0].manifest
         self.layers = tuple(layers) if layers is not None else self.manifest.layers
         self._layer_indexes = [self.manifest.layer_index(layer) for layer in self.layers]
+        self.own: tuple[int, ...] = tuple(range(len(self.layers)))
+        """Places of the layers whose activations are read; fewer where other ranks read the rest"""
+        self.bytes_read = 0
+        """Stored bytes that `fill` has decoded"""
+        self._counting = Lock()
         self._splits = [cache[split] for cache in self.caches]
         self._chunk_ends = np.cumsum([s.n_chunks for s in self._splits])
         if not sum(len(s) for s in self._splits):
@@ -144,11 +150,15 @@ class Source:
         """The same tokens, of the one layer at this place."""
         one = copy.copy(self)
         one.layers, one._layer_indexes = (self.layers[place],), [self._layer_indexes[place]]
+        one.own = (0,)
         return one
 
     def allocate(self, n_chunks: int, sites: Sequence[str] = SITES) -> Rows:
-        """Room for the stored numbers of n_chunks chunks; `fill` reads the sites that have some."""
-        shape = (len(self.layers), n_chunks * CHUNK)
+        """Room for the stored numbers of n_chunks chunks, of the layers that are read.
+
+        `fill` reads the sites that have some.
+        """
+        shape = (len(self.own), n_chunks * CHUNK)
         int8 = self.manifest.precision == "int8"
         codes = {s: np.empty((*shape, self.manifest.d_model), np.int8 if int8 else np.uint16) for s in sites}
         blocks = self.manifest.n_blocks if int8 else 0
@@ -158,13 +168,15 @@ class Source:
         """Decode `chunks` side by side into `rows`, with the threads of `pool`."""
 
         def fetch(portion: Portion) -> Fetched:
-            index = self._layer_indexes[portion.layer]
+            index = self._layer_indexes[self.own[portion.layer]]
             return self._splits[portion.cache].fetch(portion.site, index, portion.chunks)
 
         def decode(portion: Portion, fetched: Fetched) -> None:
             codes, scale = (part[portion.site] for part in rows)
             int8 = self.manifest.precision == "int8"
-            fetched.decode(codes[portion.layer], scale[portion.layer] if int8 else None)
+            read = fetched.decode(codes[portion.layer], scale[portion.layer] if int8 else None)
+            with self._counting:
+                self.bytes_read += read
 
         read_ahead(self._portions(chunks, tuple(rows.codes)), fetch, decode, pool)
 
@@ -181,16 +193,32 @@ class Source:
             ordered = [by_window[window] for window in sorted(by_window)]
             for first in range(0, len(ordered), WINDOWS_AT_ONCE):
                 parts.append((cache, [*chain(*ordered[first : first + WINDOWS_AT_ONCE])]))
-        for site, layer in product(sites, range(len(self.layers))):
+        for site, row in product(sites, range(len(self.own))):
             for cache, places in parts:
-                yield Portion(cache, site, layer, places)
+                yield Portion(cache, site, row, places)
+
+    def stored_bytes(self, layers: Sequence[int]) -> int:
+        """Of all tokens of the split, in the files of these layers (their places)."""
+        arrays = [layout.values_array(self.split, site) for site in SITES]
+        if self.manifest.precision == "int8":
+            arrays += [layout.scale_array(self.split, site) for site in SITES]
+        total = 0
+        for split in self._splits:
+            for entry in split.entries:
+                names = [
+                    layout.shard_file(array, entry.window, self._layer_indexes[layer])
+                    for array in arrays
+                    for layer in layers
+                ]
+                total += sum(entry.files[name].size for name in names)
+        return total
 
     def memory_bytes(self) -> int:
         """At most: seven bytes a token for kind, sink, sample and whether it counts, eight more as they are
         read; the journals; and an index for each shard of the layers in use, as far as they are open.
         """
         windows = [entry for cache in self.caches for log in cache.journals for entry in log.windows]
-        shards = len(window_files(self.split, 0, len(self.layers), self.manifest.precision == "int8"))
+        shards = len(window_files(self.split, 0, len(self.own), self.manifest.precision == "int8"))
         held = min(2 * KEPT, sum(shards * len(split.entries) for split in self._splits))
         indexes = held * (16 * self.manifest.chunks_per_window + _SHARD_BYTES)
         return 15 * len(self.kind) + sum(len(entry.files) for entry in windows) * _FILE_BYTES + indexes
@@ -256,7 +284,9 @@ def has_variance(part: Statistics, whole: Statistics) -> bool:
 
 
 def default_threads() -> int:
-    return min(16, len(os.sched_getaffinity(0)))
+    """One a core, at most 16; of the cores of a machine on which several ranks run, their share."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(16, cores))
 
 
 def _require_distinct(paths: Sequence[Path]) -> None:

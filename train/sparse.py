@@ -29,13 +29,17 @@ class Codes:
     def __init__(self, starts: Tensor, columns: Tensor, values: Tensor, n_latents: int) -> None:
         self.starts, self.columns, self.values = starts, columns, values
         self.n_latents = n_latents
+        self.width: int | None = None
+        """Codes of each token, where it is known that all have as many"""
 
     @classmethod
     def rectangle(cls, values: Tensor, indices: Tensor, n_latents: int) -> "Codes":
         """The same number for each token: both (token, k), indices ascending in each row."""
         tokens, k = values.shape
         starts = torch.arange(tokens + 1, dtype=torch.int32, device=values.device) * k
-        return cls(starts, indices.flatten().int(), values.flatten(), n_latents)
+        codes = cls(starts, indices.flatten().int(), values.flatten(), n_latents)
+        codes.width = k
+        return codes
 
     @classmethod
     def at(cls, places: Tensor, values: Tensor) -> "Codes":

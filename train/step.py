@@ -5,6 +5,9 @@ own target only, and targets meet nowhere but in the codes; so codes are compute
 is decoded, its decoder's gradient is used up at once, and its gradient towards the codes is added; at last
 each encoder gets one sparse backward pass. A decoder tied by source serves n_targets targets, and is updated
 after the last of them; n_targets gradients are held then.
+
+Where layers are spread over processes, each does this for its own, and between the three parts codes and
+their gradients go to who needs them (`exchange`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .activation import through_relu
+from .exchange import ALONE, Exchange, sum_in_order
 from .losses import Extras, Penalties, auxk_width, dead_codes
 from .placement import ON_DEVICE, Placement
 from .reader import Batch
@@ -29,6 +33,8 @@ NOTHING = Extras()
 
 
 class StepResult(NamedTuple):
+    """Of this process's layers and tokens: summed over all processes it is that of the step."""
+
     fvu: Tensor
     """(layer,): loss by target"""
     l0: Tensor
@@ -37,7 +43,6 @@ class StepResult(NamedTuple):
     """(layer, latent) int64: tokens for which it was positive"""
     square_error: Tensor
     """(layer, token): squared error of each standardised target, over all micro-batches"""
-
     extra: dict[str, Tensor]
     """losses beside FVU, weight included: those of sparsity, auxk and dead_latents that are in use"""
 
@@ -76,6 +81,7 @@ def train_step(
     variance: str = "cache",
     extras: Extras = NOTHING,
     placement: Placement = ON_DEVICE,
+    exchange: Exchange = ALONE,
 ) -> StepResult:
     """Gradients of sum_t FVU_t and `extras`, of all micro-batches together, handed to `apply` layer by layer.
 
@@ -83,23 +89,77 @@ def train_step(
     decoders where they are needed.
     """
     placement.start()
-    parts = [_MicroBatch(model, batch) for batch in batches]
-    layers, tokens = range(model.shape.n_layers), sum(map(len, batches))
-    penalties, auxk = Penalties(model, extras, tokens), _AuxK(model, extras)
-    for source in layers:
-        _encode(model, parts, source, extras, penalties)
+    step = _Step(model, batches, variance, exchange)
+    penalties, auxk = Penalties(model, extras, step.n_tokens, exchange), _AuxK(model, extras)
+    for source in model.own:
+        _encode(step, source, extras, penalties)
+    step.exchange_codes()
+    penalties.exchange_norm_grads()
     room = _Room(model)
-    decoders = _DecoderGrads(model, apply, penalties, room, placement)
-    fvu, errors = zip(
-        *(_target(model, parts, target, decoders, variance, auxk) for target in layers), strict=True
-    )
-    for source in layers:
-        _source(model, parts, source, penalties, apply, room)
+
+    def final(side: str, layer: int, grads: dict[str, Tensor]) -> None:
+        sum_in_order(exchange, grads.values())
+        apply(side, layer, grads)
+
+    decoders = _DecoderGrads(step, final, penalties, room, placement)
+    errors = {target: _target(step, target, decoders, auxk) for target in model.own}
+    decoders.finish_shared()
+    step.exchange_code_grads()
+    for source in model.own:
+        _source(step, source, penalties, final, room)
     placement.settle()
-    l0 = torch.stack([sum(((p.codes[s].values > 0).sum() for p in parts), torch.tensor(0)) for s in layers])
-    fired = torch.stack([_fired(parts, s) for s in layers])
-    extra = penalties.values | auxk.values
-    return StepResult(torch.stack(fvu), l0 / tokens, fired, torch.stack(errors), extra)
+    return step.result(errors, penalties.values | auxk.values)
+
+
+class _Step:
+    """The micro-batches of one step, and all that does not change in it."""
+
+    def __init__(
+        self, model: CrossLayerTranscoder, batches: Sequence[Batch], variance: str, exchange: Exchange
+    ) -> None:
+        self.model, self.variance, self.exchange = model, variance, exchange
+        self.parts = [_MicroBatch(model, batch) for batch in batches]
+        self.n_tokens = sum(len(batch.all_tokens) for batch in batches)
+        """Of all replicas"""
+
+    def exchange_codes(self) -> None:
+        """Each target's sources get there; for those of others gradients begin at zero."""
+        tokens = [len(part.batch) for part in self.parts]
+        for codes, grads in self._kinds():
+            self.exchange.codes(codes, tokens)
+            for part, theirs in zip(codes, grads, strict=True):
+                for source in part.keys() - theirs.keys():
+                    theirs[source] = torch.zeros_like(part[source].values)
+
+    def exchange_code_grads(self) -> None:
+        for codes, grads in self._kinds():
+            self.exchange.code_grads(codes, grads)
+
+    def _kinds(self) -> Iterator[tuple[list[dict[int, Codes]], list[dict[int, Tensor]]]]:
+        """Codes and their gradients, by micro-batch and source; AuxK's after them."""
+        yield [part.codes for part in self.parts], [part.code_grads for part in self.parts]
+        if self.parts[0].dead_codes:
+            yield [part.dead_codes for part in self.parts], [part.dead_code_grads for part in self.parts]
+
+    def total_variance(self, target: int) -> Tensor:
+        """What the summed squared error is divided by; holds one micro-batch's targets at a time."""
+        if self.variance == "cache":
+            return self.model.outputs.variance[target] * self.n_tokens
+        total = torch.stack([part.targets(target).sum(dim=0) for part in self.parts]).sum(dim=0)
+        mean = self.exchange.sum_replicas(total) / self.n_tokens
+        centred = (part.targets(target).sub_(mean) for part in self.parts)
+        squares: list[Tensor] = [torch.linalg.vector_norm(values).square() for values in centred]
+        return self.exchange.sum_replicas(torch.stack(squares).sum())
+
+    def result(self, errors: dict[int, tuple[Tensor, Tensor]], extra: dict[str, Tensor]) -> StepResult:
+        """errors: FVU and each token's squared error, by target."""
+        n_layers, some = self.model.shape.n_layers, next(iter(errors.values()))[1]
+        fvu, square_error = some.new_zeros(n_layers), some.new_zeros(n_layers, len(some))
+        fired = torch.zeros(n_layers, self.model.shape.n_latents, dtype=torch.int64, device=some.device)
+        for layer, (share, per_token) in errors.items():
+            fvu[layer], square_error[layer] = share, per_token
+            fired[layer] = _fired(self.parts, layer)
+        return StepResult(fvu, fired.sum(dim=1) / self.n_tokens, fired, square_error, extra)
 
 
 class _Room:
@@ -123,23 +183,22 @@ class _DecoderGrads:
     """Gradients of the decoders that later targets still add to."""
 
     def __init__(
-        self,
-        model: CrossLayerTranscoder,
-        apply: Apply,
-        penalties: Penalties,
-        room: _Room,
-        placement: Placement,
+        self, step: _Step, apply: Apply, penalties: Penalties, room: _Room, placement: Placement
     ) -> None:
-        self.model, self.apply, self.penalties, self.room = model, apply, penalties, room
-        self.placement = placement
+        self.model, self.exchange, self.placement = step.model, step.exchange, placement
+        self.apply, self.penalties, self.room = apply, penalties, room
         self.held: dict[int, dict[str, Tensor]] = {}
         self.written: set[tuple[int, int | EllipsisType]] = set()
 
-    def begin(self, layer: int) -> None:
-        self.placement.begin(layer)
+    def begin(self, target: int) -> None:
+        self.placement.begin(target)
         names = self.model.names("decoder")
-        self.held[layer] = {name: torch.zeros_like(getattr(self.model, name)[layer]) for name in names[1:]}
-        self.held[layer]["W_dec"] = self.room.take(self.model.W_dec[layer])
+        own = {name: torch.zeros_like(getattr(self.model, name)[target]) for name in names[1:]}
+        self.held[target] = own | self.held.get(target, {})
+        for source in self.model.shape.sources(target):
+            layer, _ = self.model.shape.decoder_place(source, target)
+            if "W_dec" not in self.held.setdefault(layer, {}):
+                self.held[layer]["W_dec"] = self.room.take(self.model.W_dec[layer])
 
     def add(self, target: int, part: _MicroBatch, grad: Tensor, terms: list[Term]) -> None:
         """One micro-batch's, and its codes', from `grad` (token, d_model) of the standardised output."""
@@ -173,28 +232,42 @@ class _DecoderGrads:
                 layer, slot = self.model.shape.decoder_place(source, target)
                 self.held[layer]["W_dec"][slot] += penalty
         for layer in [held for held in self.held if self.model.shape.last_target(held) == target]:
-            grads = self.held.pop(layer)
-            self.apply("decoder", layer, grads)
-            self.placement.end(layer)
-            self.room.give_back(grads["W_dec"])
+            if layer not in self.exchange.shared:
+                self._hand_over(layer)
+
+    def finish_shared(self) -> None:
+        """Decoders that several ranks use: gradients go to the owner, and its new weights to the others."""
+        for layer, users in self.exchange.shared.items():
+            weight = self.model.W_dec[layer].data
+            if layer in self.model.own:
+                total = self.held[layer]["W_dec"]
+                for shard in users:
+                    total += self.exchange.received(total, shard)
+                self._hand_over(layer)
+                for shard in users:
+                    self.exchange.send(weight, shard)
+            elif layer in self.held:
+                grad = self.held.pop(layer)["W_dec"]
+                self.exchange.send(grad, self.exchange.owner(layer))
+                self.room.give_back(grad)
+                weight.copy_(self.exchange.received(weight, self.exchange.owner(layer)))
+
+    def _hand_over(self, layer: int) -> None:
+        grads = self.held.pop(layer)
+        self.apply("decoder", layer, grads)
+        self.placement.end(layer)
+        self.room.give_back(grads["W_dec"])
 
 
-def _target(
-    model: CrossLayerTranscoder,
-    parts: list[_MicroBatch],
-    target: int,
-    decoders: _DecoderGrads,
-    variance: str,
-    auxk: "_AuxK",
-) -> tuple[Tensor, Tensor]:
+def _target(step: _Step, target: int, decoders: _DecoderGrads, auxk: "_AuxK") -> tuple[Tensor, Tensor]:
     """Decode one target, use up its gradients, and add what it wants of its sources' codes.
 
     Its FVU, and the squared error of each token.
     """
-    scale = 1 / _total_variance(parts, target, variance)
+    model, scale = step.model, 1 / step.total_variance(target)
     decoders.begin(target)
     errors = []
-    for part in parts:
+    for part in step.parts:
         terms = model.terms(part.codes, target)
         error = model.decode_terms(terms, target).sub_(part.targets(target))
         if model.shape.skip:
@@ -235,10 +308,9 @@ class _AuxK:
         decoders.add_terms(grad, terms, part.dead_codes, part.dead_code_grads)
 
 
-def _encode(
-    model: CrossLayerTranscoder, parts: list[_MicroBatch], source: int, extras: Extras, penalties: Penalties
-) -> None:
+def _encode(step: _Step, source: int, extras: Extras, penalties: Penalties) -> None:
     """Codes of one source for all micro-batches."""
+    model, parts = step.model, step.parts
 
     def pres() -> Iterator[Tensor]:
         for part in parts:
@@ -250,21 +322,15 @@ def _encode(
             yield pre
 
     activation = model.activation(source, extras.k[source] if extras.k else None)
-    tokens = sum(len(part.batch) for part in parts)
-    for part, codes in zip(parts, activation.train(pres(), tokens), strict=True):
+    found = activation.train(pres(), step.n_tokens, step.exchange.pool)
+    for part, codes in zip(parts, found, strict=True):
         part.codes[source] = codes
         part.code_grads[source] = penalties.of_codes(source, codes)
 
 
-def _source(
-    model: CrossLayerTranscoder,
-    parts: list[_MicroBatch],
-    source: int,
-    penalties: Penalties,
-    apply: Apply,
-    room: _Room,
-) -> None:
+def _source(step: _Step, source: int, penalties: Penalties, apply: Apply, room: _Room) -> None:
     """One backward pass of one encoder, from the summed gradient of its codes."""
+    model, parts = step.model, step.parts
     grads = {name: torch.zeros_like(getattr(model, name)[source]) for name in model.names("encoder")[1:]}
     grads["W_enc"] = room.take(model.W_enc[source])
     activation = model.activation(source)
@@ -283,17 +349,6 @@ def _source(
         penalties.add_encoder(source, inputs, grads)
     apply("encoder", source, grads)
     room.give_back(grads["W_enc"])
-
-
-def _total_variance(parts: list[_MicroBatch], target: int, variance: str) -> Tensor:
-    """What the summed squared error is divided by; holds one micro-batch's targets at a time."""
-    tokens = sum(len(part.batch) for part in parts)
-    if variance == "cache":
-        return parts[0].model.outputs.variance[target] * tokens
-    mean = torch.stack([part.targets(target).sum(dim=0) for part in parts]).sum(dim=0) / tokens
-    centred = (part.targets(target).sub_(mean) for part in parts)
-    squares: list[Tensor] = [torch.linalg.vector_norm(values).square() for values in centred]
-    return torch.stack(squares).sum()
 
 
 def _fired(parts: list[_MicroBatch], source: int) -> Tensor:

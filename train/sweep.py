@@ -15,6 +15,7 @@ from .announcement import announce_sweep, sink_warning
 from .config import TrainConfig
 from .evaluate import Evaluation
 from .finite import DivergedError
+from .job import started_by_torchrun
 from .loop import Loop, held_out_numbers, new_reader, open_source, require_held_out
 from .run import Run, new_run, say
 from .source import Source
@@ -70,6 +71,8 @@ class Sweep:
 
 def sweep(folder: Path, entries: list[Entry], configs: list[TrainConfig], resume: bool) -> SweepReport:
     """Train all; with `resume`, each goes on from its latest checkpoint."""
+    if started_by_torchrun():
+        raise ValueError("--sweep: expected one process, found torchrun; start `clt train` without it")
     if configs[0].log_to_wandb:
         require_wandb()
     found = Sweep(folder, entries, configs)

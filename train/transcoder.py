@@ -9,7 +9,7 @@ cache's mean, over the root mean square deviation of a value. `forward` takes an
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import EllipsisType
 from typing import NamedTuple
 
@@ -87,9 +87,14 @@ class CrossLayerTranscoder(nn.Module):
 
     W_enc and W_dec are of `dtype`, by default that of the standardisers, in which all arithmetic is done: in
     bfloat16 they halve in size, and each is made float32 for as long as it is used.
+
+    Of the layers that are not its `own`, because another process has them, parameters are empty; but decoders
+    tied by source are there where a target of its own uses them.
     """
 
     threshold: Tensor
+    own: tuple[int, ...]
+    """Places of the layers whose parameters are here; all, unless other processes have the rest"""
 
     def __init__(
         self,
@@ -99,23 +104,32 @@ class CrossLayerTranscoder(nn.Module):
         seed: int = 0,
         dtype: torch.dtype | None = None,
         zeros: Zeros = pageable_zeros,
+        own: Sequence[int] | None = None,
     ) -> None:
         """zeros: makes the matrices of decoders and skips."""
         super().__init__()
         self.shape, self.inputs, self.outputs = shape, inputs, outputs
+        self.own = tuple(range(shape.n_layers)) if own is None else tuple(own)
         random = torch.Generator().manual_seed(seed)
         bound = shape.d_model**-0.5
 
         def parameters(
-            *sizes: tuple[int, ...], dtype: torch.dtype | None = None, make: Zeros = pageable_zeros
+            *sizes: tuple[int, ...],
+            dtype: torch.dtype | None = None,
+            make: Zeros = pageable_zeros,
+            here: Sequence[int] = self.own,
         ) -> nn.ParameterList:
-            own = dtype or inputs.mean.dtype
-            return nn.ParameterList(nn.Parameter(make(size, own)) for size in sizes)
+            dtype = dtype or inputs.mean.dtype
+            return nn.ParameterList(
+                nn.Parameter(make(size, dtype) if layer in here else pageable_zeros((0,), dtype))
+                for layer, size in enumerate(sizes)
+            )
 
         layers, latents, width = range(shape.n_layers), shape.n_latents, shape.d_model
         self.W_enc = parameters(*[(latents, width) for _ in layers], dtype=dtype)
         self.b_enc = parameters(*[(latents,) for _ in layers])
-        self.W_dec = parameters(*[shape.decoder_size(layer) for layer in layers], dtype=dtype, make=zeros)
+        decoders = [shape.decoder_size(layer) for layer in layers]
+        self.W_dec = parameters(*decoders, dtype=dtype, make=zeros, here=self.decoder_layers)
         self.b_dec = parameters(*[(width,) for _ in layers])
         self.W_skip = parameters(*[(width, width) for _ in layers if shape.skip], make=zeros)
         jumps = shape.activation == "jumprelu"
@@ -124,9 +138,18 @@ class CrossLayerTranscoder(nn.Module):
             nn.init.constant_(log_threshold, math.log(FIRST_THRESHOLD))
         if shape.activation == "batchtopk":
             self.register_buffer("threshold", torch.zeros(shape.n_layers, dtype=inputs.mean.dtype))
-        for weight in self.W_enc:
-            start = torch.empty(weight.shape, dtype=inputs.mean.dtype)
-            weight.data.copy_(start.uniform_(-bound, bound, generator=random))
+        for layer, weight in enumerate(self.W_enc):
+            start = torch.empty(latents, width, dtype=inputs.mean.dtype)
+            start.uniform_(-bound, bound, generator=random)  # drawn for all, so that each gets the same
+            if layer in self.own:
+                weight.data.copy_(start)
+
+    @property
+    def decoder_layers(self) -> tuple[int, ...]:
+        """Places of the layers whose `W_dec` is here."""
+        if self.shape.tie != "source":
+            return self.own
+        return tuple(sorted({source for target in self.own for source in self.shape.sources(target)}))
 
     def arithmetic(self, weight: Tensor) -> Tensor:
         """The weight as products take it: itself, or a copy where it is kept in bfloat16, or elsewhere."""
@@ -235,10 +258,12 @@ def new_transcoder(
     shape = Shape.of(config, source.layers, source.manifest.d_model)
     work = torch.promote_types(dtype, torch.float32)
     inputs, outputs = (_standardiser(source.statistics(site), work, site) for site in SITES)
-    return CrossLayerTranscoder(shape, inputs, outputs, seed, dtype, zeros)
+    return CrossLayerTranscoder(shape, inputs, outputs, seed, dtype, zeros, source.own)
 
 
-def empty_transcoder(shape: Shape, dtype: torch.dtype) -> CrossLayerTranscoder:
+def empty_transcoder(
+    shape: Shape, dtype: torch.dtype, own: Sequence[int] | None = None
+) -> CrossLayerTranscoder:
     """A transcoder whose numbers are still to be loaded."""
     work = torch.promote_types(dtype, torch.float32)
     inputs, outputs = (
@@ -247,7 +272,7 @@ def empty_transcoder(shape: Shape, dtype: torch.dtype) -> CrossLayerTranscoder:
         )
         for _ in SITES
     )
-    return CrossLayerTranscoder(shape, inputs, outputs, dtype=dtype)
+    return CrossLayerTranscoder(shape, inputs, outputs, dtype=dtype, own=own)
 
 
 def _standardiser(statistics: Statistics, dtype: torch.dtype, site: str) -> Standardiser:
