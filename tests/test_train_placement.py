@@ -82,7 +82,7 @@ class Watched(Offload):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.events: list[str] = []
-        copy, homes = self._mover.copy, [parts["W_dec"].data_ptr() for parts in self._home]
+        copy, homes = self._mover.copy, [parts["W_dec"].data_ptr() for parts in self._home.values()]
 
         def noted(pairs: Any) -> Any:
             old, new = (tensor.data_ptr() for tensor in pairs[0])
