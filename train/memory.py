@@ -61,20 +61,74 @@ def step_memory(
             f"{shape.activation} has no k, so that the number of its codes is not known beforehand"
         )
     n_codes = sum(shape.layer_k) * tokens * grad_acc_steps
-    largest = (
-        max(shape.decoder_size(layer)[0] for layer in range(shape.n_layers)) if shape.tie == "none" else 1
-    )
-    held = shape.n_targets if shape.tie == "source" else 1
     dense = tokens * max(shape.d_model + shape.n_latents, 2 * shape.d_model + shape.d_model // 2)
-    skip = shape.d_model**2 * size if shape.skip else 0
+    if size < work:  # a weight in bfloat16 is made float32 for as long as it is used
+        dense += shape.n_latents * shape.d_model
+    largest = largest_decoders(shape) * shape.n_latents * shape.d_model + shape.skip * shape.d_model**2
     return StepMemory(
         parameters=shape.n_parameters * size,
         optimizer=int(shape.n_parameters * state_bytes(optimizer, work)),
-        gradients=min(held, shape.n_layers) * (largest * shape.n_latents * shape.d_model * size + skip),
-        codes=n_codes * (CODE_INDEX_BYTES + 3 * size),  # values by token, by latent, and the gradient
+        gradients=held_layers(shape) * largest * work,
+        codes=n_codes * (CODE_INDEX_BYTES + 3 * work),  # values by token, by latent, and the gradient
         values=dense * work,
         batches=int(2 * shape.n_layers * shape.d_model * tokens * grad_acc_steps * stored_bytes),
     )
+
+
+class OffloadMemory(NamedTuple):
+    """Bytes with `--offload host` or `disk`."""
+
+    step: StepMemory
+    """Its parameters and optimizer: what stays on the device, and the room through which layers pass."""
+    away: int
+    """Decoders, skips and their state, in host memory or on the disk"""
+
+    @property
+    def moved(self) -> int:
+        """That cross to the device in a step, however many tokens it has; as many come back."""
+        return self.away
+
+
+def offload_memory(
+    shape: Shape,
+    *,
+    tokens: int,
+    grad_acc_steps: int = 1,
+    dtype: str = "float32",
+    optimizer: str = "adam",
+    stored_bytes: float = 1.0,
+) -> OffloadMemory:
+    """Arguments as of `step_memory`. There is room for the layers whose gradients are held, and for one more.
+
+    Losses of sparsity and of dead latents read all decoders once more in a step.
+    """
+    step = step_memory(
+        shape,
+        tokens=tokens,
+        grad_acc_steps=grad_acc_steps,
+        dtype=dtype,
+        optimizer=optimizer,
+        stored_bytes=stored_bytes,
+    )
+    size = BYTES[dtype]
+    state = state_bytes(optimizer, max(size, 4))
+    skip = shape.d_model**2 if shape.skip else 0
+    away = shape.n_decoders * shape.n_latents * shape.d_model + shape.n_layers * skip
+    largest = largest_decoders(shape) * shape.n_latents * shape.d_model + skip
+    rooms = min(held_layers(shape) + 1, shape.n_layers)
+    on_device = shape.n_parameters - away + rooms * largest
+    passing = step._replace(parameters=on_device * size, optimizer=int(on_device * state))
+    return OffloadMemory(passing, int(away * (size + state)))
+
+
+def largest_decoders(shape: Shape) -> int:
+    """Of one layer."""
+    return len(shape.sources(shape.n_layers - 1)) if shape.tie == "none" else 1
+
+
+def held_layers(shape: Shape) -> int:
+    """Whose decoders' gradients are held at a time."""
+    return min(shape.n_targets, shape.n_layers) if shape.tie == "source" else 1
 
 
 class ReadMemory(NamedTuple):
@@ -113,6 +167,10 @@ def llava_shape(n_targets: int = 16) -> Shape:
     return Shape(tuple(range(32)), d_model=4096, n_latents=8192, k=32, n_targets=n_targets)
 
 
+PLACED = (("float32", "adam"), ("float32", "adam8"), ("bfloat16", "adam8"), ("bfloat16", "signum"))
+"""What the tables show: dtype of the weights, and optimiser."""
+
+
 def table() -> str:
     """What the LLaVA-1.5-7B transcoder needs, by dtype and optimiser, in GB (1e9), as Markdown."""
     shape, tokens = llava_shape(), 4096
@@ -122,15 +180,38 @@ def table() -> str:
         "| weights, optimiser | " + " | ".join(StepMemory._fields) + " | **device** |",
         "|---|" + "---|" * (len(StepMemory._fields) + 1),
     ]
-    for dtype, optimizer in (
-        ("float32", "adam"),
-        ("float32", "adam8"),
-        ("bfloat16", "adam8"),
-        ("bfloat16", "signum"),
-    ):
+    for dtype, optimizer in PLACED:
         memory = step_memory(shape, tokens=tokens, dtype=dtype, optimizer=optimizer)
         parts = " | ".join(f"{part / 1e9:.1f}" for part in memory)
         lines.append(f"| {dtype}, {optimizer} | {parts} | **{memory.device / 1e9:.1f}** |")
+    return "\n".join(lines)
+
+
+OFFLOAD_TOKENS = 65_536
+"""Of a step with sixteen micro-batches of 4096"""
+BUS_GB_PER_S = 25
+"""What PCIe 4.0 with 16 lanes gives of its 32 GB/s"""
+
+
+def offload_table() -> str:
+    """The same with `--offload`, and what crosses the bus, as Markdown."""
+    shape = llava_shape()
+    head = [
+        *StepMemory._fields[:-1],
+        "**device**",
+        "away",
+        "s a step on the bus",
+        "s a million tokens at 4096",
+    ]
+    head.append(f"at {OFFLOAD_TOKENS}")
+    lines = ["| weights, optimiser | " + " | ".join(head) + " |", "|---|" + "---|" * len(head)]
+    for dtype, optimizer in PLACED:
+        step, away = memory = offload_memory(shape, tokens=4096, dtype=dtype, optimizer=optimizer)
+        parts = " | ".join(f"{part / 1e9:.1f}" for part in step[:-1])
+        seconds = 2 * memory.moved / 1e9 / BUS_GB_PER_S
+        millions = " | ".join(f"{seconds * 1e6 / tokens:.0f}" for tokens in (4096, OFFLOAD_TOKENS))
+        gb = f"**{step.device / 1e9:.1f}** | {away / 1e9:.1f}"
+        lines.append(f"| {dtype}, {optimizer} | {parts} | {gb} | {seconds:.1f} | {millions} |")
     return "\n".join(lines)
 
 
@@ -148,4 +229,4 @@ def read_table() -> str:
 
 
 if __name__ == "__main__":
-    print(table(), read_table(), sep="\n\n")
+    print(table(), offload_table(), read_table(), sep="\n\n")
