@@ -1,6 +1,7 @@
 """One training step against two other ways to take it, on one machine, in one run.
 
     python benchmarks/bench_step.py [--widths 576,4096] [--tokens 2048] [--repeats 3]
+    python benchmarks/bench_step.py --offload [--repeats 3]     # see offload_cost.py
 
 Each way reads the same batch of int8 codes, computes the same loss and gradients (checked before anything is
 timed), and ends with the same fused Adam. Repetitions alternate, so that a busy machine slows all alike.
@@ -12,18 +13,16 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from rival_steps import Leaves, dense_step, eleuther_step
+from synthetic_step import make_batch, make_model
 from torch import Tensor
 
-from clt.cache_format.layout import BLOCK, SITES
 from clt.train.optimizer import Optimizer
 from clt.train.reader import Batch
 from clt.train.shape import Shape
-from clt.train.source import Rows
 from clt.train.step import train_step
-from clt.train.transcoder import CrossLayerTranscoder, Standardiser
+from clt.train.transcoder import CrossLayerTranscoder
 
 SHAPES = {
     576: Shape(tuple(range(8)), d_model=576, n_latents=1152, k=32, n_targets=8),  # SmolLM2's width
@@ -45,7 +44,15 @@ def main() -> None:
     parser.add_argument("--widths", default=",".join(map(str, SHAPES)))
     parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--offload", action="store_true", help="only what it costs to have decoders elsewhere"
+    )
     asked = parser.parse_args()
+    if asked.offload:
+        from offload_cost import compare_placements
+
+        compare_placements(asked.repeats)
+        return
     for width in map(int, asked.widths.split(",")):
         compare(SHAPES[width], asked.tokens, asked.repeats)
 
@@ -113,30 +120,6 @@ def check_gradients(model: CrossLayerTranscoder, leaves: Leaves, batch: Batch) -
         print(f"against {step.__name__}: loss differs by {difference:.0e}, gradients by at most {worst:.0e}")
         if difference > TOLERANCE or worst > TOLERANCE:
             raise SystemExit(f"{step.__name__} computes something else")
-
-
-def make_model(shape: Shape) -> CrossLayerTranscoder:
-    """Random decoders too, or no gradient would reach the encoders."""
-    torch.manual_seed(0)
-    sites = [
-        Standardiser(torch.zeros(shape.n_layers, shape.d_model), torch.ones(shape.n_layers)) for _ in SITES
-    ]
-    model = CrossLayerTranscoder(shape, *sites)
-    with torch.no_grad():
-        for weight in model.W_dec:
-            weight.uniform_(-0.01, 0.01)
-    return model
-
-
-def make_batch(shape: Shape, n_tokens: int) -> Batch:
-    """Random int8 codes as the default cache holds them; values of about standard deviation 1."""
-    rng = np.random.default_rng(0)
-    size = (shape.n_layers, n_tokens, shape.d_model)
-    blocks = (*size[:2], -(-shape.d_model // BLOCK))
-    codes = {site: rng.normal(0, 8, size).round().astype(np.int8) for site in SITES}
-    return Batch(
-        Rows(codes, {site: np.full(blocks, 1 / 8, np.float16) for site in SITES}), np.arange(n_tokens)
-    )
 
 
 if __name__ == "__main__":
