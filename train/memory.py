@@ -200,7 +200,7 @@ def offload_table() -> str:
         *StepMemory._fields[:-1],
         "**device**",
         "away",
-        "s a step on the bus",
+        "bus, s a step",
         "s a million tokens at 4096",
     ]
     head.append(f"at {OFFLOAD_TOKENS}")
