@@ -96,8 +96,9 @@ def load_model(config: HarvestConfig) -> LoadedModel:
     processor = load_processor(config)
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loader = AutoModelForCausalLM if processor.image_token is None else AutoModelForImageTextToText
+    placement = _placement(config, device)
     with _loading(config):
-        model = loader.from_pretrained(config.model, **_placement(config, device), **_origin(config))
+        model = loader.from_pretrained(config.model, **placement, **_origin(config))
     model.requires_grad_(False).eval()
     return LoadedModel(
         **vars(processor),
@@ -144,6 +145,11 @@ def _loading(config: HarvestConfig) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, ImportError) as fault:
         reason = " ".join(str(fault).split())
+        if "trust_remote_code" in reason:
+            raise ValueError(
+                f"model {config.model!r} comes with code of its own; read it, and then allow it with "
+                "--trust-remote-code"
+            ) from fault
         raise ValueError(
             f"model {config.model!r}: expected a hub id or a folder for transformers: {reason[:300]}"
         ) from fault
