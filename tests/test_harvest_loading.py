@@ -146,7 +146,7 @@ def test_code_that_comes_with_a_model_does_not_run(folder: Path, tmp_path: Path)
     config |= {"model_type": "stranger", "auto_map": {"AutoConfig": "code.StrangerConfig"}}
     (model / "config.json").write_text(json.dumps(config))
     (model / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ValueError, match="code of its own; .* --trust-remote-code") as fault:
+    with pytest.raises(ValueError, match=r"code of its own; .* --trust-remote-code") as fault:
         load_processor(config_for(folder, Path("c"), model=str(model)))
     assert "\n" not in str(fault.value)
     assert not (tmp_path / "ran").exists()
