@@ -64,7 +64,7 @@ class Batch(NamedTuple):
         def moved(part: dict[str, Any]) -> dict[str, Any]:
             return {site: torch.as_tensor(array, device=device) for site, array in part.items()}
 
-        return self._replace(rows=Rows(*map(moved, self.rows)))
+        return Batch(Rows(*map(moved, self.rows)), *self[1:])
 
     def values(self, site: str, layer_index: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(token, d_model) in model units; codes cross to the device before they become floats."""
