@@ -109,7 +109,7 @@ def test_each_bad_sample_is_listed_and_the_good_ones_are_stored(model: Path, tmp
     for name, (_, reason) in BAD_ROWS.items():
         assert reason in reasons[name], reasons[name]
     unreadable = [reason for name, reason in reasons.items() if name.startswith("row-")]
-    assert sum("not a line of JSON" in reason for reason in unreadable) == 2
+    assert sum("not JSON in UTF-8" in reason for reason in unreadable) == 2
     assert sum("expected a JSON object, found list" in reason for reason in unreadable) == 1
     assert report.rejected == len(BAD_ROWS) + 3
     assert verify_cache(str(tmp_path / "c"), full=True) == []
@@ -324,3 +324,38 @@ def test_numbers_that_are_not_finite_are_named_and_nothing_behind_them_is_kept(
     for path in (tmp_path / "whole").rglob("*"):
         if path.is_file():
             assert path.read_bytes() == (config.cache / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
+def test_odd_rows_are_stored_or_listed(model: Path, tmp_path: Path) -> None:
+    """Ids that repeat, texts of one token and of a million, empty turns, blank lines, a BOM, a huge line."""
+    (tmp_path / "data").mkdir()
+    million = "what is in the picture " * 200_000
+    rows = [
+        {"id": "same", "text": "a red circle"},
+        {"id": "same", "text": "a blue square"},
+        {"id": "one", "text": "a"},
+        {"id": "million", "text": million},
+        {
+            "id": "empty turn",
+            "conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "a"}],
+        },
+    ]
+    lines = [json.dumps(row).encode() for row in rows]
+    lines[1:1] = [b"", b"   ", b'{"id": "huge", "text": "' + b"x" * 100_000_000 + b'"}']
+    path = tmp_path / "data" / "odd.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    report = harvest(configure(model, path, tmp_path / "c", ctx_len=100))
+    cache = open_cache(tmp_path / "c")
+    samples = sorted(cache.samples().values(), key=lambda line: line["row"])
+    assert [line["id"] for line in samples] == ["same", "same", "one", "million", "empty turn"]
+    assert len({line["sample"] for line in samples}) == 5
+    tokens = cache["train"].tokens()
+    places = list(zip(tokens["sample"].tolist(), tokens["position"].tolist(), strict=True))
+    assert len(set(places)) == len(places)
+    assert samples[2]["length"] == 2  # with its BOS
+    assert samples[3]["length"] == 100
+    assert samples[3]["cut"] > 999_000
+    assert report.rejected == 1
+    assert [(line["id"], line["reason"][:30]) for line in cache.rejected()] == [
+        ("row-1", "a row of 100000028 bytes; at m")
+    ]

@@ -1,6 +1,9 @@
 """Datasets in every form, and the order in which they are read."""
 
 import hashlib
+import json
+import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +11,13 @@ import datasets
 import numpy as np
 import pytest
 import tiny
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from clt.harvest.json_rows import MAX_ROW, open_json_lines
 from clt.harvest.pictures import PictureSource, load_picture
-from clt.harvest.rows import BadSample, JsonLines, Table, open_rows
+from clt.harvest.rows import BadSample, Table, open_rows
 from clt.harvest.samples import is_val, parse_sample, split_tags
 
 ROWS = [{"id": f"t{i}", "text": f"text number {i}"} for i in range(5)]
@@ -60,9 +66,9 @@ def test_a_missing_split_is_named(tmp_path: Path) -> None:
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
-    one = JsonLines(tiny.write_rows(tmp_path, ROWS, "a.jsonl"))
-    same = JsonLines(tiny.write_rows(tmp_path, ROWS, "b.jsonl"))
-    other = JsonLines(tiny.write_rows(tmp_path, ROWS[:4], "c.jsonl"))
+    one = open_json_lines(tiny.write_rows(tmp_path, ROWS, "a.jsonl"))
+    same = open_json_lines(tiny.write_rows(tmp_path, ROWS, "b.jsonl"))
+    other = open_json_lines(tiny.write_rows(tmp_path, ROWS[:4], "c.jsonl"))
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
@@ -70,6 +76,89 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match=r"empty.jsonl is empty; expected one JSON object a line"):
         open_rows(str(tmp_path / "empty.jsonl"), "train")
+
+
+WORDS = st.text(st.sampled_from('ab"\\[]{},: \n\ud800é\U0001f600'), max_size=6)
+JSON = st.recursive(
+    st.none() | st.integers() | WORDS,
+    lambda one: st.lists(one, max_size=3) | st.dictionaries(WORDS, one, max_size=3),
+    max_leaves=5,
+)
+OBJECTS = st.lists(st.dictionaries(WORDS, JSON, max_size=3), min_size=1, max_size=4)
+
+
+@given(OBJECTS, st.sampled_from([None, 1, "\t"]), st.booleans())
+def test_elements_of_a_list_are_found_whatever_they_hold(
+    rows: list[dict[str, Any]], indent: Any, ascii_only: bool
+) -> None:
+    """Brackets, commas, quotes and backslashes inside strings, nested lists, any spacing, any letters."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.json"
+        text = json.dumps(rows, indent=indent, ensure_ascii=ascii_only)
+        path.write_bytes(text.encode(errors="surrogatepass"))
+        found = open_rows(str(path), "train")
+        assert len(found) == len(rows)
+        for number, row in enumerate(rows):
+            try:
+                assert found[number] == row
+            except BadSample:
+                assert not ascii_only  # half a surrogate pair is no UTF-8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1}, {"b": 2}', "the list has no end"),
+        (b'[{"a": 1}, {"b": "2}]', "the string at byte 17 has no end"),
+        (b'[{"a": 1}] [1]', "more follows behind the list, at byte 10"),
+        (b"[{]", "the list has no end"),
+        (b"  [ ]  ", "found an empty one"),
+        (b" \n ", "found blanks alone"),
+        (b"null", "found b'null'"),
+        ("[{}]".encode("utf-16"), "found b'"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_rows(str(tmp_path / "a.json"), "train")
+
+
+def test_one_bad_element_is_one_bad_row(tmp_path: Path) -> None:
+    """Whatever stands between two commas; the others are read."""
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf[{"a": 1}, {"a" 2}, {"a": "\xff"}, , 3, {"a": 4},]')
+    rows = open_rows(str(tmp_path / "a.json"), "train")
+    assert [rows[0], rows[5]] == [{"a": 1}, {"a": 4}]
+    for number, reason in (
+        (1, "not JSON"),
+        (2, "not JSON"),
+        (3, "not JSON"),
+        (4, "found int"),
+        (6, "not JSON"),
+    ):
+        with pytest.raises(BadSample, match=reason):
+            rows[number]
+    assert len(rows) == 7
+
+
+def test_a_line_of_a_hundred_megabytes_is_one_bad_row(tmp_path: Path) -> None:
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(b'{"text": "one"}\n{"text": "')
+        file.write(b"x" * 100_000_000)
+        file.write(b'"}\n\n  \n{"text": "two"}')
+    rows = open_rows(str(tmp_path / "a.jsonl"), "train")
+    assert [rows[0], rows[2]] == [{"text": "one"}, {"text": "two"}]
+    with pytest.raises(BadSample, match=f"a row of 100000013 bytes; at most {MAX_ROW} are read"):
+        rows[1]
+    assert len(rows) == 3
+
+
+def test_a_row_as_deep_as_a_well_is_one_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + '}\n{"text": "one"}')
+    rows = open_rows(str(tmp_path / "a.jsonl"), "train")
+    with pytest.raises(BadSample, match="not JSON"):
+        rows[0]
+    assert rows[1] == {"text": "one"}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
