@@ -39,12 +39,14 @@ from clt.cache_format import CacheWriter, Manifest, open_cache
 from clt.cache_format.codec import decode_chunk
 from clt.cache_format.layout import CHUNK, SITES
 from clt.cache_format.summary import summarise_cache
+from clt.train import reader as train_reader
 from clt.train.order import ReadOrder
 from clt.train.source import Rows, Source
 
 Array = npt.NDArray[Any]
 LAYERS, WIDTH = 32, 4096
 WINDOW = 2048
+BATCH = 512
 SAMPLE = 256
 SPLIT = "train"
 
@@ -93,7 +95,7 @@ def main() -> None:
         order = ReadOrder(source.n_chunks, size, seed=0)
         buffers = [order.chunks(0, buffer) for buffer in range(asked.tokens // size)]
         setting = Setting(path, asked.threads, buffers)
-        readers = [r for r in READERS if asked.only is None or asked.only in r.name or not r.cold]
+        readers = [r for r in READERS if asked.only is None or asked.only in r.name or r is LIMIT]
         if asked.windows > 2:  # links have no uncompressed copy
             readers = [reader for reader in readers if reader.open is not raw_memmap]
         if any(reader.open is raw_memmap for reader in readers):
@@ -183,6 +185,22 @@ def ours(setting: Setting, io: str) -> Read:
     return read
 
 
+def batches(setting: Setting) -> Read:
+    """What training takes: the buffers' tokens shuffled, and copied into batches."""
+    size = max(map(len, setting.buffers)) * CHUNK
+    reader = train_reader.Reader(
+        Source([setting.path], SPLIT), buffer_tokens=size, seed=0, threads=setting.threads
+    )
+
+    def read(chunks: Array) -> None:
+        for _ in range(len(chunks) * CHUNK // BATCH):
+            reader.next(BATCH)
+        assert reader._ahead is not None
+        reader._ahead.result()  # nothing runs on beside the reader that is next
+
+    return read
+
+
 def zarr_python(setting: Setting, pipeline: str) -> Read:
     """Each chunk of tokens in one call, all layers together."""
     zarr.config.set({"codec_pipeline.path": pipeline, "threading.max_workers": setting.threads})
@@ -255,6 +273,7 @@ READERS = (
     LIMIT,
     Reader("clt, mmap", partial(ours, io="mmap")),
     Reader("clt, pread", partial(ours, io="pread")),
+    Reader("clt, mmap, shuffled into batches", batches, cold=False),
     Reader(
         "zarr-python as shipped",
         partial(zarr_python, pipeline="zarr.core.codec_pipeline.BatchedCodecPipeline"),

@@ -1,5 +1,6 @@
 """The order of reading: every token once an epoch, whatever the sizes, threads, and interruptions."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numbered import numbers, write_cache
@@ -143,6 +145,60 @@ def test_ranks_share_each_batch_and_any_world_resumes_any_other(
         assert max(lengths) - min(lengths) <= 1
     after, _ = shares(other, [300, 77], state)
     assert whole(after) == whole(shares(1, [*sizes, 300, 77], None)[0])[len(sizes) :]
+
+
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda batch: batch,
+        lambda batch: batch.rows,
+        lambda batch: batch.rows.codes["mlp_in"],
+        lambda batch: batch.rows.codes["mlp_out"][1][5:],
+        lambda batch: torch.from_numpy(batch.rows.codes["mlp_in"][2]),
+        lambda batch: batch.rows.codes["mlp_in"].reshape(-1).view(np.uint8),
+        lambda batch: memoryview(batch.rows.codes["mlp_in"][0]),
+        lambda batch: batch.rows.scales["mlp_out"][0],
+        lambda batch: batch.values("mlp_in", 0, torch.device("cpu"), torch.bfloat16),
+    ],
+)
+def test_what_is_held_of_a_batch_stays_as_it_was(
+    planted: dict[str, Path], precision: str, hold: Callable[[Batch], Any]
+) -> None:
+    """Memory is used again, but never while any of it is held, in whatever form."""
+    with Reader(Source([planted[precision]], "train"), buffer_tokens=256, seed=1) as reader:
+        held = [hold(reader.next(100)) for _ in range(3)]
+        before = copy.deepcopy([bytes(h) if isinstance(h, memoryview) else h for h in held])
+        for _ in range(12):
+            reader.next(100)
+        for kept, copied in zip(held, before, strict=True):
+            assert digest_of(kept) == digest_of(copied)
+
+
+def digest_of(held: Any) -> bytes:
+    """Of an array, a tensor, or whatever holds several."""
+    if isinstance(held, dict):
+        return b"".join(digest_of(held[name]) for name in sorted(held))
+    if isinstance(held, tuple):
+        return b"".join(map(digest_of, held))
+    if isinstance(held, torch.Tensor):
+        return digest_of(held.view(torch.int8).numpy())
+    return hashlib.sha256(held.tobytes() if isinstance(held, np.ndarray) else bytes(held)).digest()
+
+
+def test_memory_that_nobody_holds_is_used_again(planted: dict[str, Path]) -> None:
+    """As many batches as are alive at a time, and none of another size."""
+    with Reader(Source([planted["int8"]], "train"), buffer_tokens=256, seed=1) as reader:
+
+        def place(n_tokens: int) -> int:
+            return reader.next(n_tokens).rows.codes["mlp_in"].ctypes.data
+
+        assert len({place(100) for _ in range(10)}) == 1
+        held = [reader.next(100) for _ in range(2)]
+        assert len(reader._batches._rooms) == 2
+        del held
+        assert len({place(70) for _ in range(10)}) == 1
+        assert len(reader._batches._rooms) == 1
 
 
 def test_a_rank_outside_the_world_is_refused(caches: Callable[[int, int], Path]) -> None:

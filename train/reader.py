@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..cache_format.layout import BLOCK, CHUNK
 from ..cache_format.manifest import parse_int
+from .batch_memory import BatchMemory
 from .memory import read_memory
 from .order import Ints, ReadOrder
 from .source import Rows, Source, default_threads
@@ -117,6 +118,7 @@ class Reader:
         self._gather = ThreadPoolExecutor(self.threads, "clt-gather")
         self._filler = ThreadPoolExecutor(1, "clt-fill")
         self._room = [source.allocate(self.order.largest_buffer) for _ in range(2)]
+        self._batches = BatchMemory()
         self._current: _Buffer | None = None
         self._ahead: Future[_Buffer] | None = None
 
@@ -137,7 +139,7 @@ class Reader:
         """
         first, end = (n_tokens * rank // self.world_size for rank in (self.rank, self.rank + 1))
         whole = np.empty(n_tokens, np.int64)
-        rows, passed = self._room[0].room(end - first), 0
+        rows, passed = self._batches.rows(self._room[0], end - first), 0
         while passed < n_tokens:
             current = self._serve()
             stop = min(self.offset + n_tokens - passed, len(current.place))
