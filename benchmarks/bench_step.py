@@ -1,10 +1,12 @@
-"""One training step against two other ways to take it, on one machine, in one run.
+"""One training step against two other ways to take it, on one machine, in one run; and what it needs.
 
-    python benchmarks/bench_step.py [--widths 576,4096] [--tokens 2048] [--repeats 3]
+    python benchmarks/bench_step.py [--widths 576,4096] [--tokens 2048] [--repeats 3] [--threads N]
     python benchmarks/bench_step.py --offload [--repeats 3]     # see offload_cost.py
 
 Each way reads the same batch of int8 codes, computes the same loss and gradients (checked before anything is
-timed), and ends with the same fused Adam. Repetitions alternate, so that a busy machine slows all alike.
+timed), and ends with the same fused Adam. Repetitions alternate, so that a busy machine slows all alike. Then
+come the kernels that the step is in, what the reader could deliver, and memory beside its formula; where
+there is a CUDA device, cuda_steps.py.
 """
 
 import argparse
@@ -13,9 +15,13 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import cuda_steps
+import step_memory
+import step_profile
+import step_reader
 import torch
 from rival_steps import Leaves, dense_step, eleuther_step
-from synthetic_step import make_batch, make_model
+from synthetic_step import SHAPES, make_batch, make_model
 from torch import Tensor
 
 from clt.train.optimizer import Optimizer
@@ -24,10 +30,6 @@ from clt.train.shape import Shape
 from clt.train.step import train_step
 from clt.train.transcoder import CrossLayerTranscoder
 
-SHAPES = {
-    576: Shape(tuple(range(8)), d_model=576, n_latents=1152, k=32, n_targets=8),  # SmolLM2's width
-    4096: Shape(tuple(range(3)), d_model=4096, n_latents=8192, k=32, n_targets=3),  # LLaVA-1.5's
-}
 TOLERANCE = 1e-3
 """Largest relative difference, in norm, of any gradient between two ways, in float32."""
 
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--widths", default=",".join(map(str, SHAPES)))
     parser.add_argument("--tokens", type=int, default=2048, help="of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--offload", action="store_true", help="only what it costs to have decoders elsewhere"
     )
@@ -53,12 +56,19 @@ def main() -> None:
 
         compare_placements(asked.repeats)
         return
+    torch.set_num_threads(asked.threads)
     for width in map(int, asked.widths.split(",")):
-        compare(SHAPES[width], asked.tokens, asked.repeats)
+        rate = compare(SHAPES[width], asked.tokens, asked.repeats)
+        step_reader.report(SHAPES[width], asked.tokens, rate)
+        step_memory.report(width, asked.tokens)
+    if torch.cuda.is_available():
+        cuda_steps.report()
+    else:
+        print("\nThere is no CUDA device: nothing was measured of the kernels in train/triton_codes.py.")
 
 
-def compare(shape: Shape, n_tokens: int, repeats: int) -> None:
-    """Print the table for one shape."""
+def compare(shape: Shape, n_tokens: int, repeats: int) -> float:
+    """Print the table for one shape, and where our step's time goes; our tokens/s."""
     print(
         f"\nd_model {shape.d_model}, {shape.n_latents} latents, k {shape.k}, {shape.n_layers} layers, ",
         end="",
@@ -86,6 +96,8 @@ def compare(shape: Shape, n_tokens: int, repeats: int) -> None:
             f"{statistics.median(ratios):.1f}x |",
             flush=True,
         )
+    step_profile.report(ways[0].step)
+    return n_tokens / statistics.median(ours)
 
 
 def alternate(ways: list[Way], repeats: int) -> dict[str, list[float]]:

@@ -1,6 +1,8 @@
 """The memory formula against counts of real tensors, and the number that a plan rests on."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -95,3 +97,20 @@ def test_gradients_of_one_target_are_held_at_a_time() -> None:
     assert len(places) == 1
     memory = step_memory(SHAPE, tokens=9, dtype="float64")
     assert memory.gradients == max(w.numel() for w in model.W_dec) * 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("dtype", "optimizer", "tie"),
+    [("float32", "adam", "none"), ("bfloat16", "adam8", "none"), ("float32", "muon", "source")],
+)
+def test_a_process_takes_what_the_formula_says(dtype: str, optimizer: str, tie: str) -> None:
+    """Within 10 %, at SmolLM2's width, as benchmarks/bench_step.py prints it."""
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    case = (576, 2048, dtype, optimizer, tie)
+    code = f"import step_memory; print(*step_memory.measured_and_formula(*{case!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=benchmarks, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured, formula = map(float, done.stdout.split())
+    assert measured == pytest.approx(formula, rel=0.1)

@@ -11,10 +11,11 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="there are no Triton wheels for other systems")
-def test_kernels_equal_dense_products() -> None:
-    """Values, ragged and empty rows, explicit zeros, odd sizes; float32 and bfloat16 rows."""
+@pytest.mark.parametrize("script", ["check_triton.py", "check_triton_step.py"])
+def test_kernels_equal_dense_products(script: str) -> None:
+    """Values, ragged and empty rows, explicit zeros, odd sizes; both dtypes. Then whole steps."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = [sys.executable, str(HERE / "check_triton.py")]
+    run = [sys.executable, str(HERE / script)]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "equal\n"

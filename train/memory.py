@@ -11,6 +11,10 @@ from .shape import Shape
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 ADAM8_BLOCK_STATE = 8 / 256
 """Bytes a value, beside its two codes: two float32 absmax for each 256 values."""
+SLAB = 1 << 20
+"""Values of a weight that are updated together on a CPU."""
+MERGING_BYTES = 8 + 8 + 8
+"""For each code that is merged with those of other sources: where it goes, and the order that is sorted."""
 CODE_INDEX_BYTES = 4 + 4 + 4
 """Of each code: its latent; and in the transpose its token and its place among the codes."""
 
@@ -30,7 +34,8 @@ class StepMemory(NamedTuple):
     codes: int
     """Of all sources and micro-batches, by token and by latent, and their gradients."""
     values: int
-    """One layer's dense values at a time: pre-activations, or a target's error beside its true values."""
+    """One layer's dense values at a time: pre-activations, or a target's error beside its true values, or
+    beside what the optimiser needs for a piece of a weight; of a bfloat16 matrix a float32 copy."""
     batches: int
     """Stored numbers of the micro-batches; in host memory where the device is another."""
 
@@ -69,10 +74,26 @@ def step_memory(
         parameters=shape.n_parameters * size,
         optimizer=int(shape.n_parameters * state_bytes(optimizer, work)),
         gradients=held_layers(shape) * largest * work,
-        codes=n_codes * (CODE_INDEX_BYTES + 3 * work),  # values by token, by latent, and the gradient
-        values=dense * work,
+        codes=n_codes * (CODE_INDEX_BYTES + 3 * work) + _merged_bytes(shape, tokens, work),
+        values=max(dense, tokens * shape.d_model + _updated_values(optimizer, shape, size)) * work,
         batches=int(2 * shape.n_layers * shape.d_model * tokens * grad_acc_steps * stored_bytes),
     )
+
+
+def _merged_bytes(shape: Shape, tokens: int, work: int) -> int:
+    """Of the codes of all sources of one target as one matrix, beside those of each source."""
+    if shape.tie != "target":
+        return 0
+    most = max(sum(shape.layer_k[s] for s in shape.sources(t)) for t in range(shape.n_layers))
+    return most * tokens * (CODE_INDEX_BYTES + 2 * work + MERGING_BYTES)
+
+
+def _updated_values(optimizer: str, shape: Shape, size: int) -> int:
+    """What the optimiser takes beside weight, gradient and state while it changes a piece of a weight."""
+    rounding = 3 * SLAB if size < 4 else 0  # the piece in float32, and random bits
+    if optimizer != "muon":
+        return rounding
+    return 3 * shape.n_latents * shape.d_model + 2 * min(shape.n_latents, shape.d_model) ** 2 + rounding
 
 
 class OffloadMemory(NamedTuple):

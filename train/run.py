@@ -199,6 +199,8 @@ def new_run(config: TrainConfig, source: Source, resume: bool, exchange: Exchang
     name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(f"cuda:{local_rank()}" if name == "cuda" else name)
     dtype = getattr(torch, config.dtype)
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        torch.set_float32_matmul_precision("high")  # TF32 has all bits of bfloat16 weights
     model = new_transcoder(config.transcoder, source, dtype, config.seed, zeros_for(config))
     move(model, device, leave=away_names(model) if config.offload != "none" else [])
     if config.finetune and not (resume and (config.run / LATEST).exists()):

@@ -106,9 +106,9 @@ class Codes:
             return _product(self._transposed(values), ones, None, add=False)[:, 0]
         return values.new_zeros(self.n_latents).index_add_(0, self.columns, values)
 
-    @cached_property
+    @property
     def tokens(self) -> Tensor:
-        """(code,) int64: the token of each."""
+        """(code,) int64: the token of each; made anew, for it would take more room than the codes."""
         numbers = torch.arange(self.n_tokens, device=self.starts.device)
         return numbers.repeat_interleave(self.starts.diff(), output_size=len(self.columns))
 
@@ -145,6 +145,16 @@ class Merged(NamedTuple):
     """Each token's codes, source after source; a latent may come once for each source"""
     places: tuple[Tensor | slice, ...]
     """by source: where its codes lie among these"""
+    parts: tuple[Codes, ...]
+
+    def gradients(self, grad: Tensor, weight: Tensor, weight_grad: Tensor, *, add: bool) -> list[Tensor]:
+        """`weight_grad`, written or added; by source, the gradients of its own codes."""
+        if on_triton(grad):
+            found = torch.zeros_like(self.codes.values)
+            self.codes.gradients(grad, weight, weight_grad, found, add=add)
+            return self.split(found)
+        self.codes.weight_grad(grad, weight_grad, add=add)
+        return [part.code_grad(grad, weight) for part in self.parts]  # torch's CSR has a place once at most
 
     def split(self, values: Tensor) -> list[Tensor]:
         """By source, the values that belong to its own codes: (code,) each."""
@@ -154,7 +164,7 @@ class Merged(NamedTuple):
 def merge(parts: Sequence[Codes]) -> Merged:
     """The sum of the parts' matrices."""
     if len(parts) == 1:
-        return Merged(parts[0], (slice(None),))
+        return Merged(parts[0], (slice(None),), tuple(parts))
     starts = torch.stack([part.starts for part in parts]).sum(dim=0, dtype=torch.int32)
     columns = torch.cat([part.columns for part in parts])
     values = torch.cat([part.values for part in parts])
@@ -165,7 +175,8 @@ def merge(parts: Sequence[Codes]) -> Merged:
         ahead += part.starts.diff()
     order = torch.empty_like(columns, dtype=torch.int64)
     order[torch.cat(places)] = torch.arange(len(columns), device=starts.device)
-    return Merged(Codes(starts, columns[order], values[order], parts[0].n_latents), tuple(places))
+    merged = Codes(starts, columns[order], values[order], parts[0].n_latents)
+    return Merged(merged, tuple(places), tuple(parts))
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:

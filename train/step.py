@@ -215,13 +215,15 @@ class _DecoderGrads:
         for term in terms:
             place, weight = (term.layer, term.slot), self.model.term_weight(term)
             whole, add = self.held[term.layer]["W_dec"][term.slot], place in self.written
+            grad = grad.to(weight.dtype)  # bfloat16 rows, where kernels read them
             if len(term.sources) == 1:
                 source = term.sources[0]
                 codes[source].gradients(grad, weight, whole, code_grads[source], add=add)
             else:
-                term.merged.codes.weight_grad(grad, whole, add=add)
-                for source in term.sources:
-                    codes[source].code_grad(grad, weight, code_grads[source])
+                for source, part in zip(
+                    term.sources, term.merged.gradients(grad, weight, whole, add=add), strict=True
+                ):
+                    code_grads[source] += part
             self.written.add(place)
 
     def finish(self, target: int) -> None:
@@ -336,13 +338,14 @@ def _source(step: _Step, source: int, penalties: Penalties, apply: Apply, room: 
     activation = model.activation(source)
     for number, part in enumerate(parts):
         codes, inputs = part.codes[source], part.inputs(source)
+        rows = inputs.to(model.rows(model.W_enc[source][:1]).dtype)
         pre_grad, own = activation.backward(codes, part.code_grads[source])
         passes = [(codes, pre_grad)]
         if source in part.dead_codes:
             dead = part.dead_codes[source]
             passes.append((dead, through_relu(dead, part.dead_code_grads[source])))
         for place, (each, grad) in enumerate(passes):
-            _, bias = each.encoder_grad(grad, inputs, grads["W_enc"], add=number + place > 0)
+            _, bias = each.encoder_grad(grad, rows, grads["W_enc"], add=number + place > 0)
             grads["b_enc"] += bias
         for name, grad in own.items():
             grads[name] += grad

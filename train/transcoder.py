@@ -24,7 +24,7 @@ from .activation import Activation, BatchTopK, GroupMax, JumpRelu, Relu, TopK
 from .config import TranscoderConfig
 from .shape import Shape
 from .source import Source
-from .sparse import Codes, Merged, merge
+from .sparse import Codes, Merged, merge, on_triton
 
 FIRST_THRESHOLD = 0.1
 """Of jumprelu, as in Anthropic's update of January 2025."""
@@ -155,6 +155,10 @@ class CrossLayerTranscoder(nn.Module):
         """The weight as products take it: itself, or a copy where it is kept in bfloat16, or elsewhere."""
         return weight.to(self.inputs.mean)
 
+    def rows(self, weight: Tensor) -> Tensor:
+        """The weight as sparse products take it: Triton's kernels read bfloat16 rows as they are."""
+        return weight if on_triton(weight) else self.arithmetic(weight)
+
     def encode_layer(self, standard: Tensor, source: int) -> Codes:
         """Codes of one source from its standardised inputs (token, d_model)."""
         return self.activation(source).infer(self.pre_activations(standard, source))
@@ -213,8 +217,8 @@ class CrossLayerTranscoder(nn.Module):
         return out
 
     def term_weight(self, term: Term) -> Tensor:
-        """(latent, d_model): the decoder of a term, as arithmetic takes it."""
-        return self.arithmetic(self.W_dec[term.layer][term.slot])
+        """(latent, d_model): the decoder of a term, as sparse products take it."""
+        return self.rows(self.W_dec[term.layer][term.slot])
 
     def encode(self, x: Tensor) -> Tensor:
         """x: (token, layer, d_model) in model units -> activations (token, layer, latent), mostly zero."""
