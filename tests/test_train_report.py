@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from clt.train.evaluate import evaluate
 from clt.train.loop import open_source, train
 from clt.train.report_page import render_page
 from clt.train.run_report import Place, RunReport
+from clt.train.sweep import sweep
+from clt.train.sweep_file import Entry
 
 NAME = "<script>alert(1)<script>&quot"
 SECTIONS = ["held-out", "fvu", "latents", "decoders", "training", "settings"]
@@ -257,17 +260,14 @@ SMALLEST_TEXT = """() => Math.min(...[...document.querySelectorAll("body *")]
     .map(e => parseFloat(getComputedStyle(e).fontSize)))"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [375, 1280])
-def test_in_a_browser(config: TrainConfig, browser: Any, width: int, scheme: str) -> None:
-    """No message, no request, nothing wider than the screen, text large enough, keys move the cursor."""
+def look_at(browser: Any, path: Path, width: int, scheme: str) -> tuple[Any, list[str]]:
+    """The page with all unfolded, and what it said or asked for; holds what all pages keep to."""
     context = browser.new_context(viewport={"width": width, "height": 812}, color_scheme=scheme)
-    page = context.new_page()
-    said: list[str] = []
+    page, said = context.new_page(), []
     page.on("console", lambda message: said.append(message.text))
     page.on("pageerror", lambda fault: said.append(str(fault)))
     page.on("dialog", lambda dialog: said.append(dialog.message))
-    address = (config.run / "report.html").as_uri()
+    address = path.as_uri()
     page.on("request", lambda request: said.append(request.url) if request.url != address else None)
     page.goto(address)
     for summary in page.locator("summary").all():
@@ -275,6 +275,14 @@ def test_in_a_browser(config: TrainConfig, browser: Any, width: int, scheme: str
     assert page.evaluate("document.documentElement.scrollWidth") == width
     assert page.evaluate("document.documentElement.clientWidth") == width
     assert page.evaluate(SMALLEST_TEXT) >= 14
+    return page, said
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [375, 1280])
+def test_in_a_browser(config: TrainConfig, browser: Any, width: int, scheme: str) -> None:
+    """No message, no request, nothing wider than the screen, text large enough, keys move the cursor."""
+    page, said = look_at(browser, config.run / "report.html", width, scheme)
     assert [page.locator(f"section#{name} h2").is_visible() for name in SECTIONS] == [True] * 6
     chart = page.locator('[data-plot="fvu-mean"]')
     assert chart.bounding_box()["width"] > 0.5 * min(width, 500) * 0.5
@@ -289,4 +297,31 @@ def test_in_a_browser(config: TrainConfig, browser: Any, width: int, scheme: str
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(18, 21, 27)"
     assert dark == (scheme == "dark")
     assert said == []
-    context.close()
+    page.context.close()
+
+
+@pytest.fixture(scope="module")
+def sweep_page(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of six runs with scripts for names, which no sweep's file could give them."""
+    folder = tmp_path_factory.mktemp("sweep") / NAME
+    configs = [replace(config, run=folder / f"{n}{NAME}", steps=2, lr=0.001 * n) for n in range(1, 7)]
+    sweep(folder, [Entry(each.run.name, {"lr": each.lr}) for each in configs], configs, resume=False)
+    return folder / "report.html"
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(375, "dark"), (1280, "light")])
+def test_a_sweeps_page_in_a_browser(sweep_page: Path, browser: Any, width: int, scheme: str) -> None:
+    """A dot for each run inside the plot, and a link from each row to the run's own page."""
+    page, said = look_at(browser, sweep_page, width, scheme)
+    plot = page.locator("#l0-fvu .plot").bounding_box()
+    dots = [dot.bounding_box() for dot in page.locator("#l0-fvu .dot").all()]
+    assert len(dots) == 6
+    for dot in dots:
+        assert plot["x"] - 1 <= dot["x"] + dot["width"] / 2 <= plot["x"] + plot["width"] + 1
+        assert plot["y"] - 1 <= dot["y"] + dot["height"] / 2 <= plot["y"] + plot["height"] + 1
+    assert page.locator("#fvu-runs li").count() == 6
+    assert said == []
+    links = [link.get_attribute("href") for link in page.locator("#sweep-runs a").all()]
+    assert len(links) == 6
+    assert all((sweep_page.parent / link).exists() for link in links)
+    page.context.close()

@@ -182,8 +182,9 @@ class Loop:
                     self._exchange.check_stop()
             except StopRequested:
                 self.save(measure=False)
-                latest = ", ".join(str(checkpoint_folder(run.config.run)) for run in self.runs)
-                say(f"stopped; {latest} is saved, go on with --resume")
+                saved = [str(checkpoint_folder(run.config.run)) for run in self.runs]
+                others = f" and those of {len(saved) - 1} other runs" if len(saved) > 1 else ""
+                say(f"stopped; {saved[0]}{others} is saved, go on with --resume")
                 raise
             self.save()
         return time.monotonic() - began

@@ -128,11 +128,12 @@ class _Mover:
 
     def __init__(self, device: torch.device) -> None:
         self._thread = ThreadPoolExecutor(1, "clt-offload")
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._device, self._stream = device, torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, pairs: list[tuple[Tensor, Tensor]]) -> Future[None]:
         """From, to: after what the device was told to do until now."""
-        ready = torch.cuda.current_stream().record_event() if self._stream is not None else None
+        on_cuda = self._stream is not None
+        ready = torch.cuda.current_stream(self._device).record_event() if on_cuda else None
         return self._thread.submit(self._copy, pairs, ready)
 
     @torch.no_grad()
