@@ -10,8 +10,9 @@ from torch import Tensor
 from ..cache_format.permutation import permutation
 from .tokens import SEQUENCE_INPUTS, PreparedSample
 
-POOL_BATCHES = 4
-"""Samples of this many batches are sorted by length together."""
+POOL_BATCHES = 12
+"""Samples of this many batches are sorted by length together: of lengths like LLaVA-Instruct's, 2 % of the
+forward is then padding (4: 5 %)."""
 
 
 class Batch(NamedTuple):

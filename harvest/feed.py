@@ -22,7 +22,9 @@ from .samples import Sample, is_val, parse_sample, sample_id
 from .tokens import PreparedSample, prepare
 
 AHEAD = 16
-"""Samples in preparation or waiting for each thread."""
+"""Samples in preparation or waiting for each thread, before the first pool is known."""
+MOST_AHEAD = 1024
+"""Prepared pictures are megabytes each."""
 MOST_THREADS = 8
 
 
@@ -56,20 +58,25 @@ class Feed:
             config.image_root or rows.folder, config.allow_outside, config.fetch_urls
         )
         self._local = threading.local()
+        self._threads = config.workers or default_threads()
+        self._ahead = AHEAD * self._threads
+
+    def keep_ahead(self, samples: int) -> None:
+        """Have at least so many ready, for they are asked for at once."""
+        self._ahead = max(self._ahead, min(samples, MOST_AHEAD))
 
     def reads(self) -> Generator[Read]:
         """The samples in order; close it to stop the threads."""
         config = self._config
-        threads = config.workers or default_threads()
         start = min(self._cursors.values()) * config.world_size + config.rank
         waiting: deque[Future[Read]] = deque()
-        pool = ThreadPoolExecutor(threads, "clt-read")
+        pool = ThreadPoolExecutor(self._threads, "clt-read")
         try:
             for numbered in self._rows.walk(config.shuffle_seed, start, config.world_size):
                 if config.max_samples is not None and numbered.number >= config.max_samples:
                     break
                 waiting.append(pool.submit(self.read, numbered))
-                if len(waiting) > AHEAD * threads:
+                if len(waiting) > self._ahead:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -91,8 +98,13 @@ class Feed:
             prepared.line["row"] = row_number
             return Read(number, row_number, name, split, prepared, None)
         except BadSample as fault:
-            reason = str(fault).encode(errors="backslashreplace").decode()
-            return Read(number, row_number, name, split, None, reason)
+            reason = str(fault)
+        except ValueError:
+            raise  # about the model or what was asked for: no other sample will do
+        except Exception as fault:  # from inside some library: one odd sample must not end the run
+            reason = f"unforeseen {type(fault).__name__}: {fault}"
+        reason = reason.encode(errors="backslashreplace").decode()
+        return Read(number, row_number, name, split, None, reason)
 
     def _with_pictures(self, sample: Sample) -> Sample:
         pictures = [load_picture(reference, self._source) for reference in sample.references]

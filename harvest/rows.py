@@ -77,7 +77,11 @@ class Table(IndexedRows):
         return len(self._rows)
 
     def __getitem__(self, number: int) -> Row:
-        return as_row(self._rows[int(number)])
+        try:
+            row = self._rows[int(number)]
+        except Exception as fault:  # a damaged block of a table, a feature that its library cannot decode
+            raise BadSample(f"the row cannot be read: {type(fault).__name__}: {fault}") from fault
+        return as_row(row)
 
 
 def open_rows(dataset: str, split: str) -> Rows:

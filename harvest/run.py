@@ -59,6 +59,7 @@ class _Harvest:
     """What the loop carries."""
 
     config: HarvestConfig
+    feed: Feed
     forward: Forward
     writer: CacheWriter
     """Written to by the outbox's thread only."""
@@ -107,10 +108,10 @@ def harvest_rows(config: HarvestConfig, rows: Rows, model: LoadedModel) -> Harve
             outbox = stack.enter_context(Outbox())
             landing = Landing(len(layers), choose_form(manifest, model.device), model.device, watch)
             forward = Forward(model, taps, landing, config.batch_tokens, watch)
-            run = _begin(config, forward, writer, outbox, progress, watch)
-            cursors = {split: writer.cursor(split) for split in SPLITS}
-            with closing(Feed(rows, model, config, cursors).reads()) as feed:
-                _run(run, feed)
+            feed = Feed(rows, model, config, {split: writer.cursor(split) for split in SPLITS})
+            run = _begin(config, feed, forward, writer, outbox, progress, watch)
+            with closing(feed.reads()) as reads:
+                _run(run, reads)
         committed = {split: writer.committed(split) for split in SPLITS}
         seconds = split_waiting(watch.seconds, writer.watch.seconds)
         return HarvestReport(committed, _kinds(config.cache), len(writer.rejected), writer.complete, seconds)
@@ -145,6 +146,7 @@ def say_columns(rows: Rows, config: HarvestConfig) -> None:
 
 def _begin(
     config: HarvestConfig,
+    feed: Feed,
     forward: Forward,
     writer: CacheWriter,
     outbox: Outbox,
@@ -153,6 +155,7 @@ def _begin(
 ) -> _Harvest:
     return _Harvest(
         config=config,
+        feed=feed,
         forward=forward,
         writer=writer,
         outbox=outbox,
@@ -164,13 +167,13 @@ def _begin(
     )
 
 
-def _run(run: _Harvest, feed: Iterator[Read]) -> None:
+def _run(run: _Harvest, reads: Iterator[Read]) -> None:
     """Take samples in order; whenever a split's pool is full, run it through the model."""
     writer, config = run.writer, run.config
     limit = POOL_BATCHES * config.batch_tokens
     first = min(writer.cursor(split) for split in SPLITS) * config.world_size
     run.bad = sum(number < first for number in run.known_bad)
-    while (read := _next(run, feed)) is not None:
+    while (read := _next(run, reads)) is not None:
         StopRequested.check()
         if run.full:
             break
@@ -191,9 +194,9 @@ def _run(run: _Harvest, feed: Iterator[Read]) -> None:
         writer.finish()
 
 
-def _next(run: _Harvest, feed: Iterator[Read]) -> Read | None:
+def _next(run: _Harvest, reads: Iterator[Read]) -> Read | None:
     with run.watch.measure("samples"):
-        return next(feed, None)
+        return next(reads, None)
 
 
 def _take(run: _Harvest, read: Read) -> None:
@@ -220,6 +223,7 @@ def _take(run: _Harvest, read: Read) -> None:
 
 def _run_pool(run: _Harvest, split: str) -> None:
     pool, run.pools[split] = run.pools[split], []
+    run.feed.keep_ahead(len(pool))  # the next pool, while this one goes through the model
     cursor = pool[0].number // run.config.world_size
     for samples in pack(pool, run.config.batch_tokens, run.config.shuffle_seed):
         StopRequested.check()
