@@ -63,7 +63,7 @@ def test_formula_counts_what_is_away_and_the_room_for_it(tie: str, dtype: torch.
     optimizer = Optimizer(model, "adam8")
     offload = Offload(model, optimizer, zeros_on_host)
     memory = offload_memory(shape, tokens=9, dtype=str(dtype).removeprefix("torch."), optimizer="adam8")
-    away = [part for parts in offload._home for part in parts.values()]
+    away = [part for parts in offload._home.values() for part in parts.values()]
     assert memory.away == pytest.approx(sum(p.numel() * p.element_size() for p in away), rel=0.01)
     stays = [*model.W_enc, *model.b_enc, *model.b_dec]
     on_device = sum(p.numel() * p.element_size() for p in stays) + offload.device_bytes
