@@ -8,7 +8,7 @@ from ..cache_format import open_cache
 from ..cache_format.layout import CHUNK, SITES, n_chunks, parse_layers, vector_bytes
 from ..cache_format.manifest import PRECISIONS
 from ..train.config import DTYPES, OPTIMIZERS, TranscoderConfig
-from ..train.memory import ReadMemory, StepMemory, read_memory, step_memory
+from ..train.memory import OffloadMemory, ReadMemory, StepMemory, offload_memory, read_memory, step_memory
 from ..train.order import ReadOrder, perfect_partners, predicted_partners
 from ..train.shape import Shape
 from ..train.source import Source
@@ -131,15 +131,23 @@ def predict(config: PlanConfig) -> list[Line]:
 
 def step_of(config: PlanConfig, optimizer: str) -> StepMemory:
     """As the trainer counts it."""
+    return step_memory(config.shape, **_step_sizes(config, optimizer))
+
+
+def offload_of(config: PlanConfig, optimizer: str) -> OffloadMemory:
+    """The same with `--offload`."""
+    return offload_memory(config.shape, **_step_sizes(config, optimizer))
+
+
+def _step_sizes(config: PlanConfig, optimizer: str) -> dict[str, Any]:
     width = config.size.d_model
-    return step_memory(
-        config.shape,
-        tokens=config.batch_tokens,
-        grad_acc_steps=config.grad_acc_steps,
-        dtype=config.dtype,
-        optimizer=optimizer,
-        stored_bytes=vector_bytes(width, config.precision == "int8") / width,
-    )
+    return {
+        "tokens": config.batch_tokens,
+        "grad_acc_steps": config.grad_acc_steps,
+        "dtype": config.dtype,
+        "optimizer": optimizer,
+        "stored_bytes": vector_bytes(width, config.precision == "int8") / width,
+    }
 
 
 def reading_of(config: PlanConfig) -> ReadMemory:
@@ -223,22 +231,31 @@ def _memory_lines(config: PlanConfig) -> list[Line]:
             f"{shape.d_model} channels, and biases; {shape.n_pairs} (source, target) pairs",
         )
     ]
-    reading = reading_of(config)._replace(batch=0)  # the step's batches are counted by the step
     for optimizer in (config.optimizer,) if config.optimizer else OPTIMIZERS:
         if optimizer == "adam8" and config.dtype == "float64":
             continue
-        step = step_of(config, optimizer)
-        host = step.batches + sum(reading) + PROCESS_BYTES
+        lines += _placement_lines(config, optimizer)
+    return lines
+
+
+def _placement_lines(config: PlanConfig, optimizer: str) -> list[Line]:
+    """Decoders on the device, and away from it."""
+    reading = reading_of(config)._replace(batch=0)  # the step's batches are counted by the step
+    lines, offload = [], offload_of(config, optimizer)
+    for step, away in ((step_of(config, optimizer), 0), offload):
+        host = step.batches + sum(reading) + PROCESS_BYTES + away
         on_device = _parts({name: part for name, part in step._asdict().items() if name != "batches"})
+        decoders = f"decoders and their state {_size(away)} (with disk: there) + " if away else ""
         lines.append(
             Line(
                 "training",
-                f"memory_{optimizer}",
+                f"memory_{optimizer}{'_offload' if away else ''}",
                 {"device": step.device, "host": host, "one_machine": step.device + host},
-                f"{optimizer:<7} device {_size(step.device)}, host {_size(host)}; "
-                f"{_size(step.device + host)} where both are one",
-                f"device: {on_device}; host: batches {_size(step.batches)} + {_parts(reading._asdict())} + "
-                f"Python and torch {_size(PROCESS_BYTES)}; train/memory.py, {config.dtype}",
+                f"{'  --offload host: ' if away else f'{optimizer:<7} '}device {_size(step.device)}, host "
+                f"{_size(host)}; {_size(step.device + host)} where both are one",
+                f"device: {on_device}; host: {decoders}batches {_size(step.batches)} + "
+                f"{_parts(reading._asdict())} + Python and torch {_size(PROCESS_BYTES)}; train/memory.py, "
+                f"{config.dtype}",
             )
         )
     return lines

@@ -18,7 +18,7 @@ from clt.planning.cache_size import CacheSize, cache_bytes, measure_coded
 from clt.planning.model_size import FAMILY_DEFAULTS, ModelSize, read_model_size
 from clt.planning.prediction import PROCESS_BYTES, READ_SPEEDS, plan_of, predict
 from clt.train.config import TranscoderConfig
-from clt.train.memory import read_memory, step_memory
+from clt.train.memory import offload_memory, read_memory, step_memory
 from clt.train.order import predicted_partners
 from clt.train.source import Source
 
@@ -112,13 +112,15 @@ def test_lines_are_the_trainers_own_functions(tmp_path: Path) -> None:
     values = {f"{line.section}.{line.key}": line.value for line in predict(plan)}
     source = Source([cache], "train")
     assert plan.sample_tokens == source.tokens_per_sample == 50.0
-    step = step_memory(
-        plan.shape, tokens=256, grad_acc_steps=2, optimizer="adam8", stored_bytes=(24 + 2) / 24
-    )
+    sizes = {"tokens": 256, "grad_acc_steps": 2, "optimizer": "adam8", "stored_bytes": (24 + 2) / 24}
+    step, offload = step_memory(plan.shape, **sizes), offload_memory(plan.shape, **sizes)
     buffers = read_memory(2, 24, "int8", buffer_tokens=1024, batch_tokens=256, threads=2)
     found = values["training.memory_adam8"]
     assert found["device"] == step.device
     assert found["host"] > step.batches + buffers.buffers + buffers.decoding
+    away = values["training.memory_adam8_offload"]
+    assert away["device"] == offload.step.device
+    assert away["host"] - found["host"] == offload.away
     assert values["reading.shuffle_m"] == predicted_partners(256, 50.0, 4000, 512, 1024)
     # the layers 1 and 2 alone
     files = [item for entry in open_cache(cache)["train"].entries for item in entry.files.items()]
