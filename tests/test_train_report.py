@@ -27,6 +27,7 @@ from clt.train.report_page import render_page
 from clt.train.run_report import Place, RunReport
 from clt.train.sweep import sweep
 from clt.train.sweep_file import Entry
+from clt.train.tables import number
 
 NAME = "<script>alert(1)<script>&quot"
 SECTIONS = ["held-out", "fvu", "latents", "decoders", "training", "settings"]
@@ -325,3 +326,19 @@ def test_a_sweeps_page_in_a_browser(sweep_page: Path, browser: Any, width: int, 
     assert len(links) == 6
     assert all((sweep_page.parent / link).exists() for link in links)
     page.context.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (20301.0, "20,301"),
+        (32.0, "32"),
+        (0.0, "0"),
+        (0.123456, "0.1235"),
+        (2e-5, "2e-05"),
+        (1.5e6 + 0.5, "1.5e+06"),
+    ],
+)
+def test_numbers_of_tables(value: float, text: str) -> None:
+    """Counts of latents are read in full."""
+    assert number(value) == text

@@ -12,9 +12,11 @@ NO_NUMBER = "\N{EN DASH}"
 
 
 def number(value: float) -> str:
-    """Four significant digits; an en dash where there is no number."""
+    """Whole numbers in full, others with four significant digits; an en dash where there is no number."""
     if not math.isfinite(value):
         return NO_NUMBER
+    if float(value).is_integer() and abs(value) < 1e12:
+        return f"{value:,.0f}"
     if value and (abs(value) < 1e-3 or abs(value) >= 1e5):
         return f"{value:.3g}"
     return f"{value:.4g}"
