@@ -161,7 +161,7 @@ def test_pictures_for_a_language_model_are_refused(tmp_path: Path) -> None:
         ({"model": "./nowhere"}, r"model './nowhere': expected a folder or a hub id, found no such folder"),
         (
             {"mlp": "layers.{}.nothing"},
-            r"--mlp 'layers.{}.nothing': the model has no module layers.0.nothing; candidates: .*layers.{}.mlp",
+            r"--mlp 'layers.{}.nothing': the model has no module layers.0.nothing; candidates: .*s.{}.mlp",
         ),
         ({"layers": "0-9"}, r"--layers: expected some of the 3 layers 0 to 2, found '0-9'"),
     ],
