@@ -60,6 +60,7 @@ class Sweep:
         """The run goes; the others go on."""
         label = run.config.run.name
         run.log.close(failed=True)
+        del run.model, run.optimizer, run.placement  # their memory is the others' to use
         self.diverged[label] = str(fault)
         self.write()
         say(f"{label} is dropped: {fault}")
