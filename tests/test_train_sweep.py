@@ -212,6 +212,10 @@ def test_a_complete_sweep_is_reported_again_and_no_other_one(
         sweep(*asked(cache, whole.folder, "[[run]]\nname = 'k=2'\nk = 2"), resume=True)
     with pytest.raises(ValueError, match="holds no sweep to resume; leave out --resume"):
         sweep(*asked(cache, tmp_path / "none"), resume=True)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "sweep.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"sweep.json: expected a list of runs .*, found \[\]"):
+        sweep(*asked(cache, tmp_path / "odd"), resume=True)
     changed = asked(cache, whole.folder, EIGHT.replace("n-targets = 1", "n-targets = 2"))
     with pytest.raises(ValueError, match="wide was trained otherwise"):
         sweep(*changed, resume=True)

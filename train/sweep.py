@@ -41,13 +41,12 @@ class Sweep:
         if resume:
             if not path.exists():
                 raise ValueError(f"{self.folder} holds no sweep to resume; leave out --resume to begin one")
-            there = json.loads(path.read_text())
-            if there["runs"] != list(self.configs):
+            runs, self.diverged = parse_sweep(json.loads(path.read_text()), path)
+            if runs != list(self.configs):
                 raise ValueError(
-                    f"{self.folder} is a sweep of other runs: {', '.join(there['runs'])}; now "
+                    f"{self.folder} is a sweep of other runs: {', '.join(runs)}; now "
                     f"{', '.join(self.configs)}; use the same file or another --run-name"
                 )
-            self.diverged = there["diverged"]
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder} exists; choose another --run-name, or go on with --resume")
 
@@ -68,6 +67,15 @@ class Sweep:
             raise ValueError(
                 f"all {len(self.configs)} runs of the sweep have diverged, the last one at {fault}"
             )
+
+
+def parse_sweep(data: object, path: Path) -> tuple[list[str], dict[str, str]]:
+    """Of sweep.json: its runs, and why some have diverged."""
+    found = data if isinstance(data, dict) else {}
+    runs, diverged = found.get("runs"), found.get("diverged")
+    if not isinstance(runs, list) or not isinstance(diverged, dict):
+        raise ValueError(f"{path}: expected a list of runs and those that diverged, found {data!r}")
+    return [str(label) for label in runs], {str(label): str(reason) for label, reason in diverged.items()}
 
 
 def sweep(folder: Path, entries: list[Entry], configs: list[TrainConfig], resume: bool) -> SweepReport:
