@@ -1,6 +1,7 @@
 """Loading a model and its processor: once, in the numbers and on the devices that are asked for."""
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +95,9 @@ def load_processor(config: HarvestConfig) -> LoadedProcessor:
 def load_model(config: HarvestConfig) -> LoadedModel:
     """Load model and processor; ValueError, on one line, where that does not work."""
     processor = load_processor(config)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(config.device or own_device())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # pinned memory and streams are the current device's
     loader = AutoModelForCausalLM if processor.image_token is None else AutoModelForImageTextToText
     placement = _placement(config, device)
     with _loading(config):
@@ -107,6 +110,13 @@ def load_model(config: HarvestConfig) -> LoadedModel:
         device=next(model.get_input_embeddings().parameters()).device,
         weights_hash=hash_weights(model),
     )
+
+
+def own_device() -> str:
+    """torchrun starts a process for each CUDA device of a machine."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 def _placement(config: HarvestConfig, device: torch.device) -> dict[str, Any]:

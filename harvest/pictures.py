@@ -62,12 +62,12 @@ def load_picture(reference: Any, source: PictureSource) -> Picture:
 
     name, data = picture_bytes(reference, source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large pictures and broken EXIF; the limit here is ours
-            with Image.open(io.BytesIO(data)) as file:
-                _check_size(file.size)
-                frames = int(getattr(file, "n_frames", 1))
-                upright = _upright_rgb(file)
+        # of large pictures and broken EXIF; the limit here is ours. Threads would mix up their catch_warnings
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        with Image.open(io.BytesIO(data)) as file:
+            _check_size(file.size)
+            frames = int(getattr(file, "n_frames", 1))
+            upright = _upright_rgb(file)
     except (Image.DecompressionBombError, MemoryError) as fault:
         raise BadSample(f"image {name!r} is too large: {fault}") from fault
     except BadSample as fault:

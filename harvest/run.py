@@ -36,7 +36,7 @@ from .taps import MlpTaps
 from .tokens import PreparedSample
 
 BAD_FRACTION_AFTER = 100
-"""Samples to see before --max-bad-fraction is judged."""
+"""Samples to see before --max-bad-fraction is judged; at the end of a dataset it always is."""
 
 
 MOST_WRITERS = 16
@@ -191,6 +191,7 @@ def _run(run: _Harvest, reads: Iterator[Read]) -> None:
                 f"{config.dataset}: of {run.seen} samples none could be stored; "
                 f"see {config.cache / 'rejected.jsonl'}"
             )
+        _judge(run)
         writer.finish()
 
 
@@ -212,7 +213,14 @@ def _take(run: _Harvest, read: Read) -> None:
     elif read.prepared is not None:
         assert read.split is not None
         run.pools[read.split].append(read.prepared)
-    if run.seen >= BAD_FRACTION_AFTER and run.bad > config.max_bad_fraction * run.seen:
+    if run.seen >= BAD_FRACTION_AFTER:
+        _judge(run)
+
+
+def _judge(run: _Harvest) -> None:
+    """ValueError where more samples than allowed were bad so far."""
+    config = run.config
+    if run.bad > config.max_bad_fraction * run.seen:
         run.outbox.drain()
         raise ValueError(
             f"{run.bad} of {run.seen} samples are bad, more than --max-bad-fraction "

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import clt.cache_format.files
-from clt.cache_format import CacheWriter, open_cache, verify_cache
+from clt.cache_format import CacheError, CacheWriter, open_cache, verify_cache
 from clt.harvest.config import HarvestConfig
 from clt.harvest.disk import RESERVE
 from clt.harvest.landing import Landing
@@ -145,6 +145,29 @@ def test_too_many_bad_samples_stop_the_run(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"of 1\d\d samples are bad, more than --max-bad-fraction 0.05"):
         harvest(configure(model, path, tmp_path / "c", max_bad_fraction=0.05))
     assert "1 times <image>" in (tmp_path / "c" / "rejected.jsonl").read_text()
+
+
+def test_a_few_bad_samples_of_a_few_are_too_many_as_well(model: Path, tmp_path: Path) -> None:
+    """Judged at the end where there are fewer than a hundred; then it goes on with a larger fraction."""
+    rows = [{"id": i, "conversations": say("<image> x" if i % 4 == 0 else "x")} for i in range(20)]
+    path = tiny.write_rows(tmp_path / "data", rows)
+    with pytest.raises(ValueError, match=r"5 of 20 samples are bad, more than --max-bad-fraction 0.2;"):
+        harvest(configure(model, path, tmp_path / "c", max_bad_fraction=0.2))
+    assert not open_cache(tmp_path / "c").complete
+    for _ in range(2):
+        report = harvest(configure(model, path, tmp_path / "c", max_bad_fraction=0.25))
+        assert report.complete
+        assert report.rejected == 5
+    assert len((tmp_path / "c" / "rejected.jsonl").read_text().splitlines()) == 5
+
+
+def test_another_dataset_does_not_go_on(model: Path, tmp_path: Path) -> None:
+    path = tiny.write_rows(tmp_path / "data", [{"conversations": say("x")}] * 3)
+    harvest(configure(model, path, tmp_path / "c"))
+    with open(path, "a") as file:
+        file.write(json.dumps({"conversations": say("y")}) + "\n")
+    with pytest.raises(CacheError, match=r"harvested differently.*dataset_fingerprint: "):
+        harvest(configure(model, path, tmp_path / "c"))
 
 
 def test_pictures_for_a_language_model_are_refused(tmp_path: Path) -> None:

@@ -1,10 +1,7 @@
 """`clt harvest --dry-run`: what would be stored, told without weights and without writing."""
 
 import json
-import os
-import pty
 import re
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +11,7 @@ import pytest
 import tiny
 
 from clt.cache_format import open_cache
+from clt.cli import main
 from clt.harvest.config import HarvestConfig
 from clt.harvest.dry_run import look, render
 from clt.harvest.run import harvest
@@ -104,18 +102,24 @@ def test_colours_and_legend(folder: Path, tmp_path: Path) -> None:
     assert re.search(r"2 samples rejected\n  row 1[23], id ", plain)
 
 
-def test_the_command_on_a_pipe_and_on_a_terminal(folder: Path, tmp_path: Path) -> None:
-    """JSON on a pipe; colours where stdout is a terminal."""
-    command = [sys.executable, "-m", "clt.cli", "harvest", str(folder / "no-weights")]
-    command += [str(folder / "data" / "train.jsonl"), str(tmp_path / "c"), "--dry-run", "--max-samples", "4"]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+def test_the_command_on_a_pipe_and_on_a_terminal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JSON alone on a pipe; colours where stdout is a terminal."""
+    command = ["clt", "harvest", str(folder / "no-weights"), str(folder / "data" / "train.jsonl")]
+    command += [str(tmp_path / "c"), "--dry-run", "--max-samples", "4"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    answer = json.loads(capsys.readouterr().out)
     assert answer.keys() == {"samples", "tokens", "cut", "rejected", "bytes", "examples"}
     assert answer["examples"][0]["stretches"][0] == {"kind": "bos", "tokens": 1, "text": "<s>"}
-    mine, theirs = pty.openpty()
-    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE)
-    os.close(theirs)
-    assert done.returncode == 0, done.stderr
-    assert b"\x1b[35m<s>" in os.read(mine, 1 << 16)
+    for terminal in (True, False):
+        monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        said = capsys.readouterr().out
+        assert ("\x1b[35m<s>" in said) == terminal
+        assert said.startswith("train: ")
     assert not (tmp_path / "c").exists()

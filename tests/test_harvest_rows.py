@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,33 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     same = open_json_lines(tiny.write_rows(tmp_path, ROWS, "b.jsonl"))
     other = open_json_lines(tiny.write_rows(tmp_path, ROWS[:4], "c.jsonl"))
     assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("form", ["parquet", "folder", "folder of parquet"])
+def test_a_copy_has_the_same_fingerprint_and_another_content_has_not(
+    tmp_path: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A harvest goes on, and `clt info --token` finds its text, where a dataset was copied to."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+
+    def save(rows: list[dict[str, str]], folder: Path) -> str:
+        table = datasets.Dataset.from_list(rows)
+        if form == "folder":
+            table.save_to_disk(folder)
+            return str(folder)
+        folder.mkdir()
+        table.to_parquet(folder / "d.parquet")
+        return str(folder / "d.parquet" if form == "parquet" else folder)
+
+    one = save(ROWS, tmp_path / "one")
+    other = save([*ROWS[:4], {"id": "t4", "text": "text number 5"}], tmp_path / "other")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    copy = one.replace(str(tmp_path / "one"), str(tmp_path / "copy"))
+    first, same, different = (open_rows(place, "train") for place in (one, copy, other))
+    assert first.fingerprint == same.fingerprint != different.fingerprint
+    assert dict(same[4]) == ROWS[4]
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
