@@ -161,18 +161,21 @@ def _multiply_blocks(values: Floats, per_block: Floats, out: Floats) -> None:
         np.multiply(values[:, cut:], per_block[:, whole:], out=out[:, cut:width])
 
 
-def to_bf16_bits(values: Floats) -> npt.NDArray[np.uint16]:
-    """Bits of the nearest bfloat16 (ties to even); a NaN stays a NaN with its upper payload."""
-    rounded = np.empty(values.shape, np.uint16)
-    flat, out = np.ascontiguousarray(values).reshape(-1), rounded.reshape(-1)
+def to_bf16_bits(values: Floats, out: npt.NDArray[np.uint16] | None = None) -> npt.NDArray[np.uint16]:
+    """Bits of the nearest bfloat16 (ties to even); a NaN stays a NaN with its upper payload.
+
+    out: where they go, contiguous and of the shape of `values`.
+    """
+    rounded = np.empty(values.shape, np.uint16) if out is None else out
+    flat, places = np.ascontiguousarray(values).reshape(-1), rounded.reshape(-1)
     for start in range(0, flat.size, SLAB):
-        _round_to_bf16(flat[start : start + SLAB], out[start : start + SLAB])
+        _round_to_bf16(flat[start : start + SLAB], places[start : start + SLAB])
     return rounded
 
 
 def _round_to_bf16(values: Floats, out: npt.NDArray[np.uint16]) -> None:
-    bits = values.view(np.uint32)
-    up = bits >> np.uint32(16)
+    bits, up = values.view(np.uint32), _room(0, (1, values.size))[0].view(np.uint32)
+    np.right_shift(bits, np.uint32(16), out=up)
     up &= np.uint32(1)
     up += np.uint32(0x7FFF)
     up += bits
@@ -185,9 +188,19 @@ def _round_to_bf16(values: Floats, out: npt.NDArray[np.uint16]) -> None:
 
 
 def from_bf16_bits(bits: npt.NDArray[np.uint16]) -> Floats:
-    wide = bits.astype(np.uint32)
+    return _widen(bits, np.empty(bits.shape, np.float32))
+
+
+def slab_from_bf16_bits(bits: npt.NDArray[np.uint16]) -> Floats:
+    """As `from_bf16_bits`, (token, d_model); what it returns is this thread's until its next call."""
+    return _widen(bits, _room(1, (len(bits), bits.shape[1])))
+
+
+def _widen(bits: npt.NDArray[np.uint16], out: Floats) -> Floats:
+    wide = out.view(np.uint32)
+    wide[...] = bits
     wide <<= np.uint32(16)
-    return wide.view(np.float32)
+    return out
 
 
 def encode_chunk(chunk: Array) -> bytes:

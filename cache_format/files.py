@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 from google_crc32c import value as crc32c
 
 from .errors import DamagedCacheError
 
 
-def write_file(path: Path, data: bytes, writer: int = 0) -> None:
+def write_file(path: Path, data: bytes | memoryview, writer: int = 0) -> None:
     """Put `data` at `path` in one step; after a crash the path holds the old file, the new one, or none.
 
     Processes that may write one path at the same time need different `writer` numbers.
@@ -43,7 +44,7 @@ def sync_folders(folders: Iterable[Path]) -> None:
 
 def checksum(data: bytes | memoryview) -> str:
     """crc32c in eight hex digits."""
-    return f"{crc32c(bytes(data)):08x}"
+    return f"{crc32c(data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)):08x}"
 
 
 def read_file(path: Path) -> bytes:

@@ -26,14 +26,19 @@ _NOWHERE = (2**64 - 1, 2**64 - 1)
 _LOCAL = threading.local()
 
 
-def build_shard(chunks: Sequence[bytes], slots: int) -> bytes:
-    """Bytes of a shard with `slots` places, of which the first len(chunks) are filled."""
+def build_shard(chunks: Sequence[bytes], slots: int) -> memoryview:
+    """Bytes of a shard with `slots` places, of which the first len(chunks) are filled; valid until this
+    thread's next call."""
     index = np.full((slots, 2), _ABSENT, "<u8")
     sizes = np.array([len(chunk) for chunk in chunks], "<u8")
     index[: len(chunks), 0] = np.cumsum(sizes) - sizes
     index[: len(chunks), 1] = sizes
     footer = index.tobytes()
-    return b"".join([*chunks, footer, crc32c(footer).to_bytes(4, "little")])
+    shard, end = _scratch(int(sizes.sum()) + index_bytes(slots), spare=0), 0
+    for part in (*chunks, footer, crc32c(footer).to_bytes(4, "little")):
+        shard[end : end + len(part)] = part
+        end += len(part)
+    return shard
 
 
 def index_bytes(slots: int) -> int:
@@ -127,7 +132,7 @@ class Shard:
     def _bytes(self, start: int, size: int) -> memoryview:
         if self._map is not None:
             return memoryview(self._map)[start : start + size]
-        data, found = _scratch(size), 0
+        data, found = _scratch(size, spare=size // 2), 0
         while found < size:
             read = self._read(data[found:], start + found)
             if not read:
@@ -144,8 +149,10 @@ class Shard:
             raise DamagedCacheError(f"{self.path}: cannot be read: {fault.strerror}") from fault
 
 
-def _scratch(size: int) -> memoryview:
-    """This thread's room for stored bytes: new memory for each chunk costs a page fault every 4 KiB."""
+def _scratch(size: int, spare: int) -> memoryview:
+    """This thread's room for stored bytes: new memory costs a page fault every 4 KiB.
+
+    spare: more than is asked for, where a little more will be asked for next."""
     if len(getattr(_LOCAL, "scratch", b"")) < size:
-        _LOCAL.scratch = bytearray(size + size // 2)
+        _LOCAL.scratch = bytearray(size + spare)
     return memoryview(_LOCAL.scratch)[:size]

@@ -21,6 +21,7 @@ from .codec import (
     encode_chunk,
     from_bf16_bits,
     quantise_slab,
+    slab_from_bf16_bits,
     slabs,
     to_bf16_bits,
 )
@@ -42,7 +43,8 @@ Columns = dict[str, npt.NDArray[Any]]
 class EncodedFile(NamedTuple):
     path: str
     """relative to the cache"""
-    data: bytes
+    data: bytes | memoryview
+    """of a shard: until this thread encodes the next"""
 
 
 @dataclass(frozen=True)
@@ -120,13 +122,16 @@ class Window:
         for part in slabs(len(values), self.manifest.d_model):
             given = np.ascontiguousarray(values[part, index])
             at = slice(rows.start + part.start, rows.start + part.stop)
-            true: Floats = from_bf16_bits(given) if given.dtype == np.uint16 else given
+            as_bits = given.dtype == np.uint16
             if self.manifest.precision == "bf16":
-                bits = given if given.dtype == np.uint16 else to_bf16_bits(true)
-                self._codes[site][index, at] = bits
-                self._measure_bits(site, index, at, bits)
+                codes = self._codes[site][index, at].view(np.uint16)
+                if as_bits:
+                    codes[...] = given
+                else:
+                    to_bf16_bits(given, out=codes)
+                self._measure_bits(site, index, at, codes)
             else:
-                self._quantise(site, index, at, true)
+                self._quantise(site, index, at, from_bf16_bits(given) if as_bits else given)
 
     def _quantise(self, site: str, index: int, at: slice, true: Floats) -> None:
         scale = self._scales[site][index, at]
@@ -158,7 +163,7 @@ class Window:
         return CacheError(f"layer {self.manifest.layers[index]}, {site}: {fault}")
 
     def _measure_bits(self, site: str, index: int, at: slice, bits: npt.NDArray[np.uint16]) -> None:
-        stored = from_bf16_bits(bits)
+        stored = slab_from_bf16_bits(bits)
         largest = (bits & np.uint16(0x7FFF)).max(axis=1)  # a NaN is larger than all numbers
         peak = from_bf16_bits(largest)
         square = np.einsum("td,td->t", stored, stored).astype(np.float64)

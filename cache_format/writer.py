@@ -283,7 +283,7 @@ class CacheWriter:
         for path, array in stream.statistics(split, number):
             yield self._write(path, encode_chunk(array))
 
-    def _write(self, name: str, data: bytes) -> tuple[str, FileEntry]:
+    def _write(self, name: str, data: bytes | memoryview) -> tuple[str, FileEntry]:
         with self.watch.measure("disk"):
             write_file(self.folder / name, data, self.rank)
         return name, FileEntry(len(data), checksum(data))
