@@ -91,6 +91,10 @@ class OpenShards:
             fetched.wanted.append(Wanted(window, shards, wanted))
         return fetched
 
+    def forget(self) -> None:
+        """Close what is kept; shards that are being read stay open until they are done with."""
+        self._kept.clear()
+
     def _names(self, site: str, layer_index: int, window: int) -> list[str]:
         """Codes, and for int8 their scales."""
         arrays = [layout.values_array(self._split, site)]

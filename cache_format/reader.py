@@ -150,6 +150,10 @@ class Split:
             self._windows[nth], slot, np.minimum(layout.CHUNK, self._token_ends[nth] - start), start
         )
 
+    def forget_shards(self) -> None:
+        """Close the shards that are kept open."""
+        self._shards.forget()
+
     def fetch(self, site: str, layer_index: int, places: Iterable[Place], *, ask: bool = True) -> Fetched:
         """Open the shards of the chunks at `places`, and ask the system for their bytes; see `OpenShards`."""
         return self._shards.fetch(site, layer_index, places, ask=ask)

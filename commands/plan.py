@@ -35,6 +35,9 @@ def plan_command(
     optimizer: Annotated[str | None, typer.Option(help="adam, adam8, signum or muon [default: each]")] = None,
     dtype: Annotated[str, typer.Option(help="of the weights: float32, bfloat16")] = "float32",
     buffer_tokens: Annotated[int, typer.Option(help="tokens decoded and shuffled together")] = 8192,
+    shuffle_windows: Annotated[
+        int | None, typer.Option(help="windows mixed with each other [default: all]")
+    ] = None,
     threads: Annotated[int, typer.Option(help="decoding threads")] = 16,
     read_speeds: Annotated[str, typer.Option(help="of the cache's disk or network, in GB/s")] = "0.2,1,5",
     explain: Annotated[bool, typer.Option("--explain", help="the formula of each line")] = False,
@@ -54,6 +57,7 @@ def plan_command(
     same = (
         *("tokens", "tokens_per_s", "precision", "step_divisor", "window", "sample_tokens", "batch_tokens"),
         *("grad_acc_steps", "epochs", "optimizer", "dtype", "buffer_tokens", "threads"),
+        "shuffle_windows",
     )
     settings = {name: given[name] for name in same} | {"read_speeds": _speeds(read_speeds)}
     from ..planning.prediction import plan_of, predict, render, to_json

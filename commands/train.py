@@ -15,7 +15,10 @@ NO_SETTINGS = ("run_name", "out", "sweep", "resume", "as_json")
 
 
 def train_command(
-    caches: Annotated[list[Path], typer.Argument(help="one or more caches of one identity")],
+    caches: Annotated[
+        list[Path],
+        typer.Argument(help="caches of one identity: folders, or s3://bucket/folder"),
+    ],
     run_name: Annotated[str, typer.Option(help="writes checkpoints/NAME")],
     out: Annotated[Path | None, typer.Option(help="run folder instead of checkpoints/NAME")] = None,
     activation: Annotated[str, typer.Option(help="topk, batchtopk, groupmax, relu or jumprelu")] = "topk",
@@ -95,6 +98,15 @@ def train_command(
     buffer_tokens: Annotated[
         int, typer.Option(help="tokens decoded and shuffled together; two such buffers are held in memory")
     ] = 8192,
+    shuffle_windows: Annotated[
+        int | None,
+        typer.Option(help="windows mixed with each other [default: all, or what the stage holds twice]"),
+    ] = None,
+    stage_dir: Annotated[
+        Path | None,
+        typer.Option(help="for caches on stores: where shards wait their turn [default: staged, by the run]"),
+    ] = None,
+    stage_gb: Annotated[float, typer.Option(help="room for them, in GB")] = 100.0,
     seed: Annotated[int, typer.Option(help="of weights and reading order")] = 0,
     order_seed: Annotated[int | None, typer.Option(help="of the reading order [default: --seed]")] = None,
     save_every: Annotated[int, typer.Option(help="steps between checkpoints")] = 1000,

@@ -53,6 +53,8 @@ class PlanConfig:
     optimizer: str | None = None
     """None: all"""
     buffer_tokens: int = 8192
+    shuffle_windows: int | None = None
+    """None: all"""
     threads: int = 16
     read_speeds: tuple[float, ...] = READ_SPEEDS
 
@@ -65,7 +67,7 @@ class PlanConfig:
             raise ValueError(f"--optimizer: expected one of {OPTIMIZERS}, found {self.optimizer!r}")
         if self.window < 64 or self.window % 64:
             raise ValueError(f"--window: expected a multiple of 64, found {self.window}")
-        counts = ("tokens", "batch_tokens", "grad_acc_steps", "buffer_tokens", "threads")
+        counts = ("tokens", "batch_tokens", "grad_acc_steps", "buffer_tokens", "threads", "shuffle_windows")
         for name in (*counts, "tokens_per_s", "sample_tokens", "epochs", "step_divisor"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
@@ -291,7 +293,8 @@ def _reading_lines(config: PlanConfig) -> list[Line]:
 
 def _shuffle_line(config: PlanConfig, tokens: int) -> Line:
     sizes = (config.batch_tokens, config.sample_tokens, tokens)
-    m = predicted_partners(*sizes, config.window, config.buffer_tokens)
+    windows = config.shuffle_windows
+    m = predicted_partners(*sizes, config.window, config.buffer_tokens, shuffle_windows=windows)
     perfect = perfect_partners(*sizes)
     return Line(
         "reading",
@@ -300,7 +303,8 @@ def _shuffle_line(config: PlanConfig, tokens: int) -> Line:
         f"a token will meet {m:.2f} others of its sample in a batch; {perfect:.2f} if order were perfect",
         f"train/order.py, predicted_partners: about (batch {config.batch_tokens} - 1) * "
         f"(sample {config.sample_tokens:g} - 1) * (chunk 64 / (buffer {config.buffer_tokens} * "
-        f"window {config.window}) + 1 / {tokens} tokens)",
+        f"window {config.window}) + 1 / "
+        f"{min(tokens, (windows or tokens) * config.window)} tokens that are mixed)",
     )
 
 

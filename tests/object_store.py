@@ -13,6 +13,8 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
+import pytest
+
 BUCKET = "bucket"
 FAULTS = ("unavailable", "cut", "short", "altered", "slow")
 """503; the connection closed in the middle of a body; a body that ends early and says so; one wrong byte; and
@@ -42,6 +44,9 @@ class Proxy(ThreadingHTTPServer):
         self.requests: list[Request] = []
         self._seen: Counter[tuple[str, str]] = Counter()
         self._lock = threading.Lock()
+
+    def handle_error(self, *what: object) -> None:
+        """Of a client that has given up."""
 
     def note(self, method: str, path: str) -> str | None:
         with self._lock:
@@ -121,6 +126,19 @@ def settings(port: int) -> dict[str, str]:
         "AWS_REGION": "us-east-1",
         "AWS_ALLOW_HTTP": "true",
     }
+
+
+@contextmanager
+def spoiling_proxy(behind: int, environment: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy before the server at a port, to which obstore speaks from now on."""
+    with Proxy(behind) as proxy:
+        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+        thread.start()
+        for name, value in settings(proxy.server_address[1]).items():
+            environment.setenv(name, value)
+        yield proxy
+        proxy.shutdown()
+        thread.join()
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from clt.train.order import predicted_partners
 from clt.train.source import Source
 
 SETTINGS = {
-    **dict.fromkeys(("tokens", "tokens_per_s", "optimizer")),
+    **dict.fromkeys(("tokens", "tokens_per_s", "optimizer", "shuffle_windows")),
     "precision": "int8",
     "step_divisor": 8.0,
     "window": 16384,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TinyCache
-from object_store import BUCKET, FAULTS, Proxy, s3_server, settings
+from object_store import BUCKET, FAULTS, Proxy, s3_server, spoiling_proxy
 
 from clt.cache_format import CacheError, DamagedCacheError, open_cache, verify_cache
 from clt.remote.address import remote_address
@@ -20,7 +20,8 @@ from clt.remote.store import Patience, Store, UnreachableError
 pytest.importorskip("obstore")  # the extra dev has them
 pytest.importorskip("moto")
 
-QUICK = Patience(attempts=6, first_wait=0.01, longest_wait=0.05, silence=0.5)
+QUICK = Patience(attempts=6, first_wait=0.01, longest_wait=0.05, silence=20)
+IMPATIENT = QUICK._replace(silence=0.5)
 Make = Callable[..., TinyCache]
 
 
@@ -32,16 +33,8 @@ def server() -> Iterator[int]:
 
 @pytest.fixture
 def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    import threading
-
-    with Proxy(server) as proxy:
-        thread = threading.Thread(target=proxy.serve_forever, daemon=True)
-        thread.start()
-        for name, value in settings(proxy.server_address[1]).items():
-            monkeypatch.setenv(name, value)
+    with spoiling_proxy(server, monkeypatch) as proxy:
         yield proxy
-        proxy.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -80,7 +73,7 @@ def test_what_a_network_does_costs_time_and_no_bytes(
 ) -> None:
     """Objects, every fourth at most, are spoilt the first two times they are asked for, both ways."""
     tiny = make_cache(lengths=(100, 60, 70))
-    store = Store(address, QUICK)
+    store = Store(address, IMPATIENT if fault == "slow" else QUICK)
 
     def spoil(method: str, path: str, nth: int) -> str | None:
         listed = path.count("/") > 2

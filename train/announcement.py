@@ -116,6 +116,7 @@ def _learning_rate(config: TrainConfig, plan: Plan) -> str:
 
 
 def _shuffle(config: TrainConfig, source: Source) -> str:
+    mixed = source.mixed_windows(config.shuffle_windows)
     m = predicted_partners(
         config.batch_tokens,
         source.tokens_per_sample,
@@ -123,6 +124,8 @@ def _shuffle(config: TrainConfig, source: Source) -> str:
         source.manifest.window,
         config.buffer_tokens,
         len(source.chosen),
+        mixed,
     )
     perfect = perfect_partners(config.batch_tokens, source.tokens_per_sample, source.n_tokens)
-    return f"a token will meet {m:.2f} others of its sample in a batch; {perfect:.2f} if order were perfect"
+    text = f"a token will meet {m:.2f} others of its sample in a batch; {perfect:.2f} if order were perfect"
+    return text if mixed is None else f"{text}; {mixed} of {len(source.window_chunks)} windows at a time"

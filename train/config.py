@@ -33,7 +33,7 @@ DEFAULT_WARMUP_STEPS = 1000
 DEAD_AFTER_TOKENS = 10_000_000
 AT_LEAST_ONE = (
     *("batch_tokens", "grad_acc_steps", "steps", "tokens", "dead_after_tokens"),
-    *("save_every", "keep", "log_every", "buffer_tokens"),
+    *("save_every", "keep", "log_every", "buffer_tokens", "shuffle_windows"),
 )
 NOT_NEGATIVE = ("sparsity_coeff", "auxk_alpha", "dead_latent_penalty", "k_anneal_steps", "lr_warmup_steps")
 
@@ -164,6 +164,12 @@ class TrainConfig:
     """Decoding threads; None: one a core, at most 16."""
     buffer_tokens: int = 8192
     """Tokens decoded and shuffled together. Two such buffers are held; `memory.read_memory` says how much."""
+    shuffle_windows: int | None = None
+    """Windows that are mixed with each other; None: all, or as many as the stage holds twice."""
+    stage_dir: Path | None = None
+    """Where shards of caches on stores wait for their turn; None: `staged` beside the run's folder."""
+    stage_gb: float = 100.0
+    """Room for them, in 1e9 bytes."""
     order: str = "shuffled"
     """Or sequential: tokens as they lie on disk, to see what shuffling is worth. No option of `clt`."""
     seed: int = 0
@@ -202,7 +208,7 @@ class TrainConfig:
         for name in AT_LEAST_ONE:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
-        for name in ("epochs", "lr", "max_grad_norm"):
+        for name in ("epochs", "lr", "max_grad_norm", "stage_gb"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
         if self.compile and self.optimizer != "adam8":
@@ -239,8 +245,8 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
-        finetune = None if self.finetune is None else str(self.finetune)
-        return {**data, "caches": [str(c) for c in self.caches], "run": str(self.run), "finetune": finetune}
+        paths = {name: None if data[name] is None else str(data[name]) for name in ("finetune", "stage_dir")}
+        return {**data, "caches": [str(c) for c in self.caches], "run": str(self.run), **paths}
 
 
 def config_of(options: dict[str, Any]) -> TrainConfig:
@@ -258,7 +264,7 @@ def config_from_json(data: dict[str, Any]) -> TrainConfig:
     caches = tuple(Path(c) for c in data["caches"])
     k = data["transcoder"]["k"]
     transcoder = TranscoderConfig(**{**data["transcoder"], "k": tuple(k) if isinstance(k, list) else k})
-    paths = {"run": Path(data["run"]), "finetune": data["finetune"] and Path(data["finetune"])}
+    paths = {name: data[name] and Path(data[name]) for name in ("run", "finetune", "stage_dir")}
     return TrainConfig(**{**data, **lists, **paths, "caches": caches, "transcoder": transcoder})
 
 

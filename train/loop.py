@@ -1,5 +1,7 @@
 """`clt train`: cache in, run folder out. The loop reads each step's batches once, for one run or for many."""
 
+import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,6 +10,8 @@ from typing import Any, NamedTuple
 from ..cache_format import open_cache
 from ..cache_format.layout import parse_layers
 from ..progress import Progress
+from ..remote.address import remote_address
+from ..remote.staging import Stage
 from ..stopping import StopRequested
 from .announcement import announce, sink_warning
 from .checkpoint import checkpoint_folder
@@ -96,6 +100,8 @@ def new_reader(config: TrainConfig, source: Source, mesh: Mesh | None = None) ->
         order=config.order,
         rank=mesh.replica if mesh else 0,
         world_size=mesh.replicas if mesh else 1,
+        epochs=math.ceil(config.epochs),
+        shuffle_windows=source.mixed_windows(config.shuffle_windows),
     )
 
 
@@ -104,11 +110,17 @@ def open_source(config: TrainConfig, split: str, caches: tuple[Path, ...] | None
     paths = caches or config.caches
     if not paths:
         raise ValueError(f"{config.run} was imported and has no cache of its own; name one with --cache")
+    stage = None
+    if any(remote_address(path) for path in paths):
+        folder = config.stage_dir or config.run.parent / "staged"
+        folder /= f"rank-{os.environ['RANK']}" if "RANK" in os.environ else ""  # each has its own layers
+        stage = Stage(paths, split, folder, int(config.stage_gb * 1e9))
+        paths = tuple(stage.folders)
     held = open_cache(paths[0], io=config.io, check=False).manifest.layers
     layers = parse_layers(config.layers, held)
     share = config.keep_kind if split == "train" else ()
     selection = Selection(config.kinds, config.exclude, config.exclude_token_ids, share, config.read_seed)
-    return Source(paths, split, layers=layers, selection=selection, io=config.io)
+    return Source(paths, split, layers=layers, selection=selection, io=config.io, stage=stage)
 
 
 def held_out_numbers(runs: Sequence[Run]) -> list[Evaluation | str]:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from ..cache_format.layout import CHUNK
 from ..cache_format.permutation import Bijection, permutation
 from .config import ORDERS
+from .window_groups import WindowGroups
 
 Ints = npt.NDArray[np.int64]
 
@@ -28,6 +29,8 @@ class ReadOrder:
     seed: int
     name: str = "shuffled"
     """Or "sequential", the order on disk, for comparison."""
+    groups: WindowGroups | None = None
+    """Where only some windows are in use at a time."""
 
     def __post_init__(self) -> None:
         if self.name not in ORDERS:
@@ -47,7 +50,16 @@ class ReadOrder:
         """Chunk numbers in one buffer of one epoch."""
         first, end = (i * self.n_chunks // self.n_buffers for i in (buffer, buffer + 1))
         places = np.arange(first, end)
+        if self.groups is not None:
+            return self.groups.chunks(epoch, places)
         return places if self.name == "sequential" else Bijection(self.n_chunks, self.seed, epoch)(places)
+
+    def windows_in_use(self, epoch: int, buffer: int) -> tuple[Ints, Ints]:
+        """The windows of the buffer's groups, and those that are in use next; none without groups."""
+        if self.groups is None:
+            return np.arange(0), np.arange(0)
+        first, end = (i * self.n_chunks // self.n_buffers for i in (buffer, buffer + 1))
+        return self.groups.in_use(epoch, first, end)
 
     def shuffled(self, n_tokens: int, epoch: int, buffer: int) -> Ints:
         """Order in which the n_tokens chosen tokens of a buffer are delivered."""
@@ -57,12 +69,18 @@ class ReadOrder:
 
 
 def predicted_partners(
-    batch: int, tokens_per_sample: float, n_tokens: int, window: int, buffer: int, stored: int | None = None
+    batch: int,
+    tokens_per_sample: float,
+    n_tokens: int,
+    window: int,
+    buffer: int,
+    stored: int | None = None,
+    shuffle_windows: int | None = None,
 ) -> float:
     """m: tokens of its own sample that a token is expected to meet in its batch.
 
     batch, tokens_per_sample, n_tokens: of the tokens that count. window, buffer: of those that are stored,
-    `stored` in all (None: all count).
+    `stored` in all (None: all count). shuffle_windows: of a group; m is that of a cache as long as a group.
 
     A sample's tokens lie in one window of W, or in two. Another one of them is in the same chunk of c with
     probability (c-1)/(W-1), in another chunk of the same buffer of R with (R-c)/(N-c). Of the R-1 others of
@@ -70,6 +88,9 @@ def predicted_partners(
     """
     stored = stored or n_tokens
     share = n_tokens / stored
+    if shuffle_windows is not None and shuffle_windows * window < stored:
+        n_groups = -(-stored // (shuffle_windows * window))
+        stored, n_tokens = round(stored / n_groups), round(n_tokens / n_groups)
     n_buffers = ReadOrder(-(-stored // CHUNK), buffer, seed=0).n_buffers
     width, chunk, size = min(window, stored) * share, min(CHUNK, stored) * share, n_tokens / n_buffers
     same_chunk = _in_one_window(tokens_per_sample / width) * max(0.0, chunk - 1) / max(1.0, width - 1)

@@ -27,6 +27,7 @@ from .batch_memory import BatchMemory
 from .memory import read_memory
 from .order import Ints, ReadOrder
 from .source import Rows, Source, default_threads
+from .window_groups import WindowGroups
 
 _SAME = {
     "fingerprint": "give it the same caches in the same order, not harvested further since",
@@ -35,6 +36,7 @@ _SAME = {
     "seed": "give it the same --order-seed, or --seed where there was none",
     "buffer_tokens": "give it the same --buffer-tokens",
     "order": "read in the same order",
+    "shuffle_windows": "give it the same --shuffle-windows",
 }
 """What to do where a state does not fit."""
 
@@ -101,14 +103,22 @@ class Reader:
         seed: int,
         threads: int | None = None,
         order: str = "shuffled",
+        shuffle_windows: int | None = None,
+        epochs: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        """epochs: after which nothing is wanted, and nothing is read ahead."""
         if not 0 <= rank < world_size:
             raise ValueError(f"rank: expected 0 to {world_size - 1} (world size {world_size}), found {rank}")
         self.source, self.rank, self.world_size = source, rank, world_size
-        self.order = ReadOrder(source.n_chunks, buffer_tokens, seed, order)
+        groups = None
+        few = shuffle_windows is not None and shuffle_windows < len(source.window_chunks)
+        if shuffle_windows is not None and few and order == "shuffled":
+            groups = WindowGroups(source.window_chunks, shuffle_windows, seed)
+        self.order = ReadOrder(source.n_chunks, buffer_tokens, seed, order, groups)
         self.epoch = self.buffer = self.offset = 0
+        self._epochs = epochs
         self.waited = 0.0
         """Seconds that `next` waited for decoding."""
         self.tokens_read = 0
@@ -129,6 +139,8 @@ class Reader:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         # decoders first: what the filler waits for is cancelled, so it ends after the tasks that are running
+        if self.source.stage is not None:
+            self.source.stage.close()
         for pool in (self._pool, self._filler, self._gather):
             pool.shutdown(cancel_futures=True)
 
@@ -202,6 +214,7 @@ class Reader:
             "seed": self.order.seed,
             "buffer_tokens": self.order.buffer_tokens,
             "order": self.order.name,
+            "shuffle_windows": self.order.groups and self.order.groups.size,
         }
 
     def _serve(self) -> _Buffer:
@@ -213,12 +226,17 @@ class Reader:
             if self.offset > len(self._current.place):
                 raise ValueError(f"offset: expected at most {len(self._current.place)}, found {self.offset}")
             self.waited += time.monotonic() - began
-            self._ahead = self._filler.submit(self._fill, *self._following())
+            self._ahead = None
+            if self._is_wanted(self._following()[0]):
+                self._ahead = self._filler.submit(self._fill, *self._following())
         return self._current
 
     def _advance(self) -> None:
         self._current = None
         (self.epoch, self.buffer), self.offset = self._following(), 0
+
+    def _is_wanted(self, epoch: int) -> bool:
+        return self._epochs is None or epoch < self._epochs
 
     def _following(self) -> tuple[int, int]:
         last = self.buffer + 1 == self.order.n_buffers
@@ -228,6 +246,11 @@ class Reader:
         chunks = self.order.chunks(epoch, buffer)
         # neighbours in the stream alternate between the two rooms
         rows = self._room[(epoch * self.order.n_buffers + buffer) % len(self._room)]
+        now, ahead = self.order.windows_in_use(epoch, buffer)
+        last = set(now.tolist()) == set(
+            self.order.windows_in_use(epoch, self.order.n_buffers - 1)[0].tolist()
+        )
+        self.source.stage_ahead(now, ahead if not last or self._is_wanted(epoch + 1) else ahead[:0])
         self.source.fill(rows, chunks, self._pool)
         place, token = self.source.tokens_of(chunks)
         self.tokens_read += len(place)

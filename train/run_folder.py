@@ -16,6 +16,8 @@ FREE_TO_CHANGE = (
     "threads",
     "io",
     "offload",
+    "stage_dir",
+    "stage_gb",
     "run",
 )
 """Settings that a resumed run may have otherwise: they do not change the weights."""

@@ -15,9 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cache_format import Cache, CacheError, Manifest, layout, open_cache
-from ..cache_format.layout import CHUNK, KINDS, SITES, window_files
+from ..cache_format.layout import (
+    CHUNK,
+    KINDS,
+    SITES,
+    n_chunks,
+    scale_array,
+    shard_file,
+    values_array,
+    window_files,
+)
 from ..cache_format.open_shards import KEPT, Fetched, Place
 from ..cache_format.statistics import SiteSums, Statistics, group_mask, summarise
+from ..remote.staging import Stage, StagedFile
 from .order import Ints
 from .read_ahead import WINDOWS_AT_ONCE, Portion, read_ahead
 from .selection import Selection
@@ -81,9 +91,15 @@ class Source:
         layers: Sequence[int] | None = None,
         selection: Selection | None = None,
         io: str = "mmap",
+        stage: Stage | None = None,
     ) -> None:
+        """stage: where the caches are on stores; `paths` are its folders then, which fill while reading."""
         _require_distinct(paths)
-        self.caches = [open_cache(path, io=io) for path in paths]
+        if stage is not None:
+            stage.fetch_tables(split)
+        self.stage = stage
+        self._ahead: list[StagedFile] = []
+        self.caches = [open_cache(path, io=io, check=stage is None) for path in paths]
         self.split, self.selection = split, selection or Selection()
         _require_same_identity(self.caches)
         self.manifest: Manifest = self.caches[0].manifest
@@ -114,6 +130,59 @@ class Source:
     @property
     def n_chunks(self) -> int:
         return int(self._chunk_ends[-1])
+
+    @cached_property
+    def window_chunks(self) -> tuple[int, ...]:
+        """Chunks of each window, of all caches one after another."""
+        return tuple(n_chunks(entry.tokens) for split in self._splits for entry in split.entries)
+
+    def stage_ahead(self, now: Ints, ahead: Ints) -> None:
+        """Windows that are wanted soon, and after them, by their place in `window_chunks`; none: all."""
+        if self.stage is not None:
+            windows = (*now, *ahead) if len(now) else range(len(self.window_chunks))
+            self._ahead = [file for window in windows for file in self._staged_files(window)]
+
+    def mixed_windows(self, asked: int | None) -> int | None:
+        """Windows mixed with each other: as asked, or as many as the stage holds twice; None: all.
+
+        Of all layers in use, also where other ranks read some of them: the order is the same for any ranks.
+        """
+        if asked is not None or self.stage is None:
+            return asked
+        windows = range(len(self.window_chunks))
+        every = self._layer_indexes
+        sizes = [sum(file.entry.size for file in self._staged_files(window, every)) for window in windows]
+        return None if sum(sizes) <= self.stage.bound else max(1, self.stage.bound // (2 * max(sizes)))
+
+    def _staged_files(self, window: int, indexes: Sequence[int] | None = None) -> list[StagedFile]:
+        """Shards of a window, of the layers at these places in the cache; None: of those that are read."""
+        owner = int(np.searchsorted(self._window_ends, window, side="right"))
+        entry = self._splits[owner].entries[window - int(self._window_ends[owner - 1] if owner else 0)]
+        arrays = [values_array(self.split, site) for site in SITES]
+        if self.manifest.precision == "int8":
+            arrays += [scale_array(self.split, site) for site in SITES]
+        if indexes is None:
+            indexes = [self._layer_indexes[place] for place in self.own]
+        names = [shard_file(array, entry.window, index) for array in arrays for index in indexes]
+        return [StagedFile(owner, name, entry.files[name]) for name in names]
+
+    @cached_property
+    def _window_ends(self) -> Ints:
+        return np.cumsum([len(split.entries) for split in self._splits])
+
+    def _stage(self, chunks: Ints) -> None:
+        """Have the shards of these chunks at hand."""
+        assert self.stage is not None
+        owner, local = self._owners(chunks)
+        windows: set[int] = set()
+        for cache, split in enumerate(self._splits):
+            numbers = np.unique(split.chunk_places(local[owner == cache]).window)
+            place = {entry.window: nth for nth, entry in enumerate(split.entries)}
+            before = int(self._window_ends[cache]) - len(split.entries)
+            windows |= {before + place[number] for number in numbers.tolist()}
+            split.forget_shards()  # an open one would keep its room on the disk
+        now = [file for window in sorted(windows) for file in self._staged_files(window)]
+        self.stage.hold(now, self._ahead)
 
     @cached_property
     def n_tokens(self) -> int:
@@ -166,6 +235,8 @@ class Source:
 
     def fill(self, rows: Rows, chunks: Ints, pool: Executor) -> None:
         """Decode `chunks` side by side into `rows`, with the threads of `pool`."""
+        if self.stage is not None:
+            self._stage(chunks)
 
         def fetch(portion: Portion) -> Fetched:
             index = self._layer_indexes[self.own[portion.layer]]

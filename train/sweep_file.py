@@ -32,6 +32,7 @@ SWEPT = (
 READING = (
     *("caches", "layers", "kinds", "exclude", "exclude_token_ids", "keep_kind", "order", "order_seed"),
     *("batch_tokens", "grad_acc_steps", "epochs", "steps", "tokens", "buffer_tokens", "io", "threads"),
+    *("shuffle_windows", "stage_dir", "stage_gb"),
 )
 """Options that decide which tokens a step holds, or how they are read."""
 TYPES = get_type_hints(TranscoderConfig) | get_type_hints(TrainConfig)
