@@ -40,7 +40,9 @@ def eval_command(
     from ..train.report import evaluate_cache
 
     found, text = evaluate_cache(run, split, tuple(cache or ()), threads)
-    if model is not None:
+    if model is None:
+        found["not_computed"]["model"] = "no --model and --dataset, so no MLP was replaced"
+    else:
         from ..analysis.with_model import evaluate_run
 
         settings = {"model": model, "dataset": dataset, "image_root": image_root, "mlp": mlp}

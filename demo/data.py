@@ -42,6 +42,21 @@ def picture_row(number: int, folder: Path) -> dict[str, object]:
     return {"id": f"shape-{number}", "image": name, "conversations": talk}
 
 
+def write_unseen(folder: Path, numbers: range) -> Path:
+    """Pictures that neither the model's training nor the demo's dataset drew, with their captions."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in numbers:
+        name = f"images/{number}.png"
+        shapes.draw(number).save(folder / name)
+        said = [("human", "<image>\nDescribe the picture."), ("gpt", shapes.caption(number))]
+        talk = [{"from": who, "value": what} for who, what in said]
+        rows.append({"id": f"shape-{number}", "image": name, "conversations": talk})
+    target = folder / f"{numbers.start}-{numbers.stop}.jsonl"
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return target
+
+
 def prose_row(number: int, text: str) -> dict[str, object]:
     subject = text.split(".")[0][:60].strip()
     talk = [{"from": "human", "value": f"Go on: {subject}"}, {"from": "gpt", "value": text}]

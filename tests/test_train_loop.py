@@ -337,6 +337,27 @@ def test_firing_counts_cover_the_last_one_to_two_periods(cache: Path, tmp_path: 
     assert int((firing.frequency() > 0).sum()) == 1
 
 
+def check_intervals(found: Evaluation, error: np.ndarray, truth: np.ndarray, tokens: dict[str, Any]) -> None:
+    """The ratio estimator's interval, sample by sample; by layer, and for text alone the mean over layers."""
+
+    def by_sample(values: np.ndarray) -> np.ndarray:
+        square = (values**2).sum(axis=2)
+        return np.array([square[mine == sample].sum(axis=0) for sample in np.unique(mine)])
+
+    mine = tokens["sample"]
+    e, v = by_sample(error), by_sample(truth - truth.mean(axis=0))
+    n, rest = len(e), e - e.sum(axis=0) / v.sum(axis=0) * v
+    expected = 1.96 * np.sqrt(n / (n - 1) * (rest**2).sum(axis=0)) / v.sum(axis=0)
+    np.testing.assert_allclose(found.intervals.fvu_layer, expected, rtol=1e-4)
+    text = tokens["kind"] == 0
+    mine = mine[text]
+    e, v = by_sample(error[text]), by_sample(truth[text] - truth[text].mean(axis=0))
+    ratio = ((e - e.sum(axis=0) / v.sum(axis=0) * v) / v.sum(axis=0)).mean(axis=1)
+    expected = 1.96 * np.sqrt(n / (n - 1) * (ratio**2).sum())
+    assert found.intervals.fvu_kind["text"] == pytest.approx(expected, rel=1e-4)
+    assert found.missing["fvu_kind.bos"] == "no such tokens in split val"
+
+
 @pytest.mark.parametrize(("tie", "skip"), [("none", False), ("source", True), ("target", True)])
 def test_evaluation_equals_the_definition(cache: Path, tmp_path: Path, tie: str, skip: bool) -> None:
     """FVU, by kind and without each offset, L0 and dead share from plain numpy on all held-out tokens."""
@@ -359,6 +380,9 @@ def test_evaluation_equals_the_definition(cache: Path, tmp_path: Path, tie: str,
         np.testing.assert_allclose(
             found.fvu_kind[name], fvu(error[kind == number], truth[kind == number]), rtol=1e-5
         )
+    rest = error - error.mean(axis=0)
+    np.testing.assert_allclose(found.explained, 1 - fvu(rest, truth), rtol=1e-5)
+    check_intervals(found, error, truth, split.tokens())
     np.testing.assert_allclose(found.l0, (codes > 0).sum(dim=2).double().mean(dim=0))
     np.testing.assert_allclose(found.dead, 1 - (codes > 0).any(dim=0).double().mean(dim=1))
     for offset in range(3):

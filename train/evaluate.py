@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..cache_format.layout import KINDS
 from .exchange import ALONE, Exchange
+from .intervals import GROUPS, group_of, half_width, half_widths
 from .reader import Batch, read_in_order
 from .selection import Selection
 from .source import Source, default_threads, has_variance
@@ -31,6 +32,11 @@ class Evaluation(NamedTuple):
     """(layer,): mean positive activations of a token"""
     dead: Doubles
     """(layer,): share of latents that are positive for none of the tokens"""
+    explained: Doubles
+    """(layer,): explained variance, 1 - variance of the error over variance; a constant error costs none"""
+    intervals: "Intervals"
+    missing: dict[str, str]
+    """by name in JSON: why a number is not there"""
 
     def to_json(self, layers: tuple[int, ...]) -> dict[str, Any]:
         def by_layer(values: Doubles) -> dict[str, float]:
@@ -46,26 +52,78 @@ class Evaluation(NamedTuple):
             "l0_layer": by_layer(self.l0),
             "dead": float(self.dead.mean()),
             "dead_layer": by_layer(self.dead),
+            "explained_variance": float(self.explained.mean()),
+            "explained_variance_layer": by_layer(self.explained),
+            "ci95": self.intervals.to_json(by_layer),
+            "not_computed": self.missing,
+        }
+
+
+class Intervals(NamedTuple):
+    """Half widths of 95 % confidence intervals, samples being what is drawn: see `intervals`."""
+
+    fvu: float
+    fvu_layer: Doubles
+    fvu_kind: dict[str, float]
+    fvu_without_offset: dict[int, float]
+    l0: float
+
+    def to_json(self, by_layer: Callable[[Doubles], dict[str, float]]) -> dict[str, Any]:
+        """nan, where fewer than two samples have tokens, is null."""
+
+        def plain(values: dict[str, float]) -> dict[str, float | None]:
+            return {name: value if np.isfinite(value) else None for name, value in values.items()}
+
+        return {
+            **plain({"fvu": self.fvu, "l0": self.l0}),
+            "fvu_layer": plain(by_layer(self.fvu_layer)),
+            "fvu_kind": plain(self.fvu_kind),
+            "fvu_without_offset": plain({str(o): value for o, value in self.fvu_without_offset.items()}),
         }
 
 
 class _Sums:
-    """Squared errors so far, in model units."""
+    """Squared errors so far, in model units, by group of samples."""
 
-    def __init__(self, model: CrossLayerTranscoder) -> None:
+    def __init__(self, model: CrossLayerTranscoder, source: Source) -> None:
         layers, latents = model.shape.n_layers, model.shape.n_latents
         offsets = min(model.shape.n_targets, layers)
-        self.kind = np.zeros((layers, len(KINDS)))
-        self.without = np.zeros((offsets, layers))
-        self.active = np.zeros(layers)
+        self.kind = np.zeros((layers, GROUPS, len(KINDS)))
+        self.without = np.zeros((offsets, layers, GROUPS))
+        self.deviation = np.zeros((layers, GROUPS, len(KINDS) + 1))
+        """Squared, of tokens of each kind from its own mean; in the last place, of all from theirs"""
+        self.error = np.zeros((layers, model.shape.d_model))
+        self.active = np.zeros((layers, GROUPS))
         self.fired = np.zeros((layers, latents), bool)
-        self.tokens = 0
+        self.counts = np.zeros((GROUPS, len(KINDS)))
+        self.means = _means(source)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.counts.sum())
 
     def gather(self, exchange: Exchange) -> None:
         """Those of the layers that other ranks have."""
-        for sums in (self.kind, self.without, self.active):
+        for sums in (self.kind, self.without, self.deviation, self.error, self.active):
             sums[...] = exchange.sum_shards(torch.from_numpy(sums)).numpy()
         self.fired[...] = exchange.sum_shards(torch.from_numpy(self.fired.astype(np.uint8))).numpy()
+
+
+class _Tokens(NamedTuple):
+    """Of a batch: (token,) kind, and group of the sample."""
+
+    kind: npt.NDArray[np.uint8]
+    group: npt.NDArray[np.int64]
+
+    def by_kind(self, values: Doubles) -> Doubles:
+        """(group, kind): sums of (token,)."""
+        at, size = self.group * len(KINDS) + self.kind, GROUPS * len(KINDS)
+        sums: Doubles = np.bincount(at, values, minlength=size).astype(np.float64)
+        return sums.reshape(GROUPS, len(KINDS))
+
+    def by_group(self, values: Doubles) -> Doubles:
+        sums: Doubles = np.bincount(self.group, values, minlength=GROUPS).astype(np.float64)
+        return sums
 
 
 def evaluate(
@@ -96,7 +154,7 @@ def evaluate_all(
     exchange: Exchange = ALONE,
 ) -> list[Evaluation]:
     """As `evaluate`, of many transcoders on one device from one pass: each token is decoded once."""
-    sums = [_Sums(model) for model in models]
+    sums = [_Sums(model, source) for model in models]
     device = models[0].inputs.mean.device
     with ThreadPoolExecutor(threads or default_threads(), "clt-decode") as pool:
         for chunks in read_in_order(source, batch_tokens):
@@ -107,8 +165,9 @@ def evaluate_all(
                 batch = Batch(rows.take(place, pool), token, source.own)
                 if len(models) > 1:
                     batch = batch.to(device)
+                tokens = _Tokens(source.kind[token], group_of(source.sample[token]))
                 for model, its_sums in zip(models, sums, strict=True):
-                    _add(its_sums, model, batch, source.kind[token], exchange)
+                    _add(its_sums, model, batch, tokens, exchange)
                 after_batch(len(place))
     for its_sums in sums:
         its_sums.gather(exchange)
@@ -119,7 +178,7 @@ def _add(
     sums: _Sums,
     model: CrossLayerTranscoder,
     batch: Batch,
-    kind: npt.NDArray[np.uint8],
+    tokens: _Tokens,
     exchange: Exchange,
 ) -> None:
     device, dtype = model.inputs.mean.device, model.inputs.mean.dtype
@@ -128,7 +187,8 @@ def _add(
         standard = model.inputs.apply_to(batch.values("mlp_in", source, device, dtype), source)
         codes[source] = model.encode_layer(standard, source)
         positive = codes[source].values > 0
-        sums.active[source] += int(positive.sum())
+        active = np.bincount(codes[source].tokens[positive].cpu().numpy(), minlength=len(batch))
+        sums.active[source] += tokens.by_group(active.astype(np.float64))
         sums.fired[source, codes[source].columns[positive].cpu().numpy()] = True
     exchange.codes([codes], [len(batch)])
     for target in model.own:
@@ -143,11 +203,43 @@ def _add(
             inputs = model.inputs.apply_to(batch.values("mlp_in", target, device, dtype), target)
             error.addmm_(inputs, model.arithmetic(model.W_skip[target]).T)
         per_token = _per_token(error)
-        sums.kind[target] += square * np.bincount(kind, per_token, minlength=len(KINDS))
+        sums.kind[target] += square * tokens.by_kind(per_token)
+        sums.error[target] += square**0.5 * error.sum(dim=0).double().cpu().numpy()
+        sums.deviation[target] += square * _deviations(model, target, truth, sums.means, tokens)
         for offset in range(len(sums.without)):
             left = _per_token(error - written[offset]) if offset in written else per_token
-            sums.without[offset, target] += square * left.sum()
-    sums.tokens += len(batch)
+            sums.without[offset, target] += square * tokens.by_group(left)
+    sums.counts += tokens.by_kind(np.ones(len(batch)))
+
+
+def _deviations(
+    model: CrossLayerTranscoder, target: int, truth: Tensor, means: dict[str | None, Doubles], tokens: _Tokens
+) -> Doubles:
+    """(group, kind + 1): squared distances in standard units from each kind's mean, and from that of all."""
+    shifts = {}
+    for kind, mean in means.items():
+        standard = torch.from_numpy(mean[target]).to(truth) - model.outputs.mean[target]
+        shifts[kind] = standard / model.outputs.scale[target]
+    ends = torch.stack(list(shifts.values()))
+    square = truth.square().sum(dim=1, keepdim=True) - 2 * truth @ ends.T + ends.square().sum(dim=1)
+    found = dict(zip(shifts, square.double().cpu().numpy().T, strict=True))
+    out = np.zeros((GROUPS, len(KINDS) + 1))
+    out[:, -1] = tokens.by_group(found[None])
+    for number, name in enumerate(KINDS):
+        if name in found:
+            out[:, number] = tokens.by_kind(found[name])[:, number]
+    return out
+
+
+def _means(source: Source) -> dict[str | None, Doubles]:
+    """(layer, d_model) of each kind that varies, and of all tokens (None), in model units."""
+    whole = source.statistics("mlp_out")
+    means: dict[str | None, Doubles] = {None: whole.mean}
+    for kind in source.selection.kept_kinds:
+        own = source.statistics("mlp_out", Selection((kind,), source.selection.exclude))
+        if has_variance(own, whole):
+            means[kind] = own.mean
+    return means
 
 
 def _per_token(error: Tensor) -> Doubles:
@@ -158,16 +250,44 @@ def _per_token(error: Tensor) -> Doubles:
 def _summary(sums: _Sums, source: Source) -> Evaluation:
     whole = source.statistics("mlp_out")
     total = whole.variance * whole.tokens
-    by_kind = {}
-    for kind in source.selection.kept_kinds:
-        own = source.statistics("mlp_out", Selection((kind,), source.selection.exclude))
-        if has_variance(own, whole):
-            by_kind[kind] = sums.kind[:, KINDS.index(kind)] / (own.variance * own.tokens)
+    by_kind: dict[str, Doubles] = {}
+    missing: dict[str, str] = {}
+    for kind in KINDS:
+        if kind not in source.selection.kept_kinds:
+            missing[f"fvu_kind.{kind}"] = "the run leaves tokens of this kind out"
+        elif kind not in sums.means:
+            few = (
+                "no two of its tokens differ" if sums.counts[:, KINDS.index(kind)].any() else "no such tokens"
+            )
+            missing[f"fvu_kind.{kind}"] = f"{few} in split {source.split}"
+        else:
+            own = source.statistics("mlp_out", Selection((kind,), source.selection.exclude))
+            by_kind[kind] = sums.kind.sum(axis=1)[:, KINDS.index(kind)] / (own.variance * own.tokens)
+    squares = sums.kind.sum(axis=(1, 2))
+    constant = np.square(sums.error).sum(axis=1) / max(1, sums.tokens)
+    if (sums.counts.sum(axis=1) > 0).sum() < 2:
+        missing["ci95"] = "fewer than two samples, so that nothing is known of how they differ"
     return Evaluation(
         tokens=sums.tokens,
-        fvu=sums.kind.sum(axis=1) / total,
+        fvu=squares / total,
         fvu_kind=by_kind,
-        fvu_without_offset={offset: float((row / total).mean()) for offset, row in enumerate(sums.without)},
-        l0=sums.active / max(1, sums.tokens),
+        fvu_without_offset={o: float((row.sum(axis=1) / total).mean()) for o, row in enumerate(sums.without)},
+        l0=sums.active.sum(axis=1) / max(1, sums.tokens),
         dead=1 - sums.fired.mean(axis=1),
+        explained=1 - (squares - constant) / total,
+        intervals=_intervals(sums, list(by_kind)),
+        missing=missing,
+    )
+
+
+def _intervals(sums: _Sums, kinds: list[str]) -> Intervals:
+    error, base = sums.kind.sum(axis=2).T, sums.deviation[:, :, -1].T  # (group, layer)
+    numbers = {kind: KINDS.index(kind) for kind in kinds}
+    tokens = np.broadcast_to(sums.counts.sum(axis=1)[:, None], error.shape)
+    return Intervals(
+        fvu=half_width(error, base),
+        fvu_layer=half_widths(error, base),
+        fvu_kind={k: half_width(sums.kind[:, :, i].T, sums.deviation[:, :, i].T) for k, i in numbers.items()},
+        fvu_without_offset={offset: half_width(row.T, base) for offset, row in enumerate(sums.without)},
+        l0=half_width(sums.active.T, tokens),
     )

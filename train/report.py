@@ -51,14 +51,22 @@ def _trained(report: TrainReport) -> str:
 
 def render_evaluation(evaluation: Evaluation, layers: tuple[int, ...]) -> str:
     """Held-out numbers: totals, by kind, by offset, by layer."""
+    sure = evaluation.intervals
+    kinds = [f"{k} {v.mean():.4f} ± {sure.fvu_kind[k]:.4f}" for k, v in evaluation.fvu_kind.items()]
+    offsets = evaluation.fvu_without_offset
+    without = [f"{o}: {v:.4f} ± {sure.fvu_without_offset[o]:.4f}" for o, v in offsets.items()]
     lines = [
-        f"{evaluation.tokens} tokens: FVU {evaluation.fvu.mean():.4f} (mean over layers), "
-        f"L0 {evaluation.l0.mean():.1f}, dead {evaluation.dead.mean():.1%}",
-        "FVU by kind     " + ", ".join(f"{k} {v.mean():.4f}" for k, v in evaluation.fvu_kind.items()),
+        f"{evaluation.tokens} tokens: FVU {evaluation.fvu.mean():.4f} ± {sure.fvu:.4f} (mean over layers), "
+        f"explained variance {evaluation.explained.mean():.4f}, "
+        f"L0 {evaluation.l0.mean():.1f} ± {sure.l0:.1f}, dead {evaluation.dead.mean():.1%}",
+        "FVU by kind     " + ", ".join(kinds),
         "FVU without an offset (target - source)",
-        "                " + ", ".join(f"{o}: {v:.4f}" for o, v in evaluation.fvu_without_offset.items()),
-        "layer      FVU      L0    dead",
+        *("                " + ", ".join(without[i : i + 6]) for i in range(0, len(without), 6)),
+        "layer            FVU   explained      L0    dead",
     ]
-    for row in zip(layers, evaluation.fvu, evaluation.l0, evaluation.dead, strict=True):
-        lines.append("{:>5}   {:.4f}  {:>6.1f}  {:>6.1%}".format(*row))
+    e = evaluation
+    for row in zip(layers, e.fvu, sure.fvu_layer, e.explained, e.l0, e.dead, strict=True):
+        lines.append("{:>5}   {:.4f} ± {:.4f}   {:.4f}  {:>6.1f}  {:>6.1%}".format(*row))
+    lines += [f"not computed: {name}, {why}" for name, why in evaluation.missing.items()]
+    lines.append("± is half a 95 % confidence interval, samples being what is drawn")
     return "\n".join(lines)
