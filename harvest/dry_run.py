@@ -26,17 +26,18 @@ from .tokens import PreparedSample
 EXAMPLES = 3
 MOST_SHOWN = 10
 """Rejected samples that are printed."""
-LEFT_OUT = "left out"
+IMAGE, LEFT_OUT = "image", "left out"
 """In place of a kind: a token that is not stored."""
-COLOURS = {"text": "0", "image": "36", "bos": "35", "template": "33", LEFT_OUT: "2;9"}
+COLOURS = {"text": "0", IMAGE: "36", "bos": "35", "template": "33", LEFT_OUT: "2;9"}
 """Of a kind on a terminal, as SGR codes: plain, cyan, magenta, yellow, faint and struck through."""
 
 
 class Stretch(NamedTuple):
-    """Neighbouring tokens of one kind."""
+    """Neighbouring tokens of one kind; the tokens of a picture stay together."""
 
     kind: str
     tokens: int
+    stored: int
     text: str
 
 
@@ -116,16 +117,17 @@ def bytes_per_token(config: HarvestConfig, processor: LoadedProcessor, precision
 
 def _example(read: Read, sample: PreparedSample, processor: LoadedProcessor) -> Example:
     assert read.split is not None
-    ids = sample.inputs["input_ids"][0].tolist()
+    ids = sample.inputs["input_ids"][0].numpy()
     kinds = np.full(sample.length, -1)
     kinds[sample.columns["position"]] = sample.columns["kind"]
-    starts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), sample.length]
+    groups = np.where(ids == processor.image_token, len(KINDS), kinds)
+    starts = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), sample.length]
     stretches = []
     for start, stop in pairwise(starts):
-        kind = LEFT_OUT if kinds[start] < 0 else KINDS[kinds[start]]
-        same = set(ids[start:stop])
-        text = processor.tokenizer.decode(ids[start:stop] if len(same) > 1 else ids[start : start + 1])
-        stretches.append(Stretch(kind, stop - start, printable(text)))
+        stored, is_picture = int((kinds[start:stop] >= 0).sum()), groups[start] == len(KINDS)
+        kind = LEFT_OUT if not stored else IMAGE if is_picture else KINDS[kinds[start]]
+        text = processor.tokenizer.decode(ids[start : start + 1 if is_picture else stop].tolist())
+        stretches.append(Stretch(kind, stop - start, stored, printable(text)))
     return Example(read.id, read.split, sample.length, sample.line["cut"], stretches)
 
 
@@ -167,7 +169,10 @@ def _render_examples(found: DryRun, colours: bool) -> Iterator[str]:
 
 def _told(stretch: Stretch) -> str:
     """One picture is hundreds of tokens that read alike."""
-    return f"{stretch.text} x {stretch.tokens}" if stretch.kind == "image" else stretch.text
+    if stretch.kind != IMAGE:
+        return stretch.text
+    of = "" if stretch.stored == stretch.tokens else f"{stretch.stored} of "
+    return f"{stretch.text} x {of}{stretch.tokens}"
 
 
 def _coloured(kind: str, text: str) -> str:

@@ -78,7 +78,8 @@ def test_examples_are_the_whole_sample_in_stretches_of_one_kind(folder: Path, tm
         assert "template" not in kinds
     some = [stretch for example in found.examples for stretch in example.stretches]
     assert any("what is it" in stretch.text for stretch in some if stretch.kind == "text")
-    assert any(stretch.text == "<image>" for stretch in some if stretch.kind == "image")
+    images = [stretch for stretch in some if stretch.kind == "image"]
+    assert {(one.text, one.tokens, one.stored) for one in images} == {("<image>", 9, 4)}
 
 
 def test_tokens_and_samples_bound_it(folder: Path, tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_colours_and_legend(folder: Path, tmp_path: Path) -> None:
     found = look(configure(folder, tmp_path / "dry"))
     plain, coloured = render(found, False), render(found, True)
     assert "\x1b" not in plain
-    assert re.search(r"^  image +'<image> x \d'$", plain, re.M)
+    assert re.search(r"^  image +'<image> x 4 of 9'$", plain, re.M)
     assert "kinds: " in coloured
     assert set(re.findall(r"\x1b\[[^m]*m", coloured)) <= {
         f"\x1b[{n}m" for n in ("0", "33", "35", "36", "2;9")
@@ -113,7 +114,7 @@ def test_the_command_on_a_pipe_and_on_a_terminal(
         main()
     answer = json.loads(capsys.readouterr().out)
     assert answer.keys() == {"samples", "tokens", "cut", "rejected", "bytes", "examples"}
-    assert answer["examples"][0]["stretches"][0] == {"kind": "bos", "tokens": 1, "text": "<s>"}
+    assert answer["examples"][0]["stretches"][0] == {"kind": "bos", "tokens": 1, "stored": 1, "text": "<s>"}
     for terminal in (True, False):
         monkeypatch.setattr(sys, "argv", command)
         monkeypatch.setattr(sys.stdout, "isatty", lambda terminal=terminal: terminal)
