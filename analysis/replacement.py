@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..harvest.taps import read_and_said
 from ..train.sparse import Codes
 from ..train.transcoder import CrossLayerTranscoder
 
@@ -75,17 +76,19 @@ class Replacement:
         self._residual = args[0]
 
     def _hook(self, place: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-            given = args[0] if args else next(iter(kwargs.values()))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            given, said = read_and_said(module, args, kwargs, output)
             if self._norms is not None:
                 assert self._residual is not None
                 given = self._residual
             if self.mode == "original" and not self.record:
                 return None
-            changed = self._change(place, given, output)
-            if changed is None or self.left is None or self.left.shape != output.shape[:2]:
-                return changed
-            return torch.where(self.left[..., None], output, changed)
+            changed = self._change(place, given, said)
+            if changed is None:
+                return None
+            if self.left is not None and self.left.shape == said.shape[:2]:
+                changed = torch.where(self.left[..., None], said, changed)
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return hook
 

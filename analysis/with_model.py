@@ -20,7 +20,7 @@ from ..harvest.config import HarvestConfig
 from ..harvest.mlps import find_hookpoints
 from ..harvest.model import LoadedModel, load_model
 from ..harvest.rows import open_rows
-from ..harvest.tokens import IMAGE, PreparedSample
+from ..harvest.tokens import PreparedSample
 from ..progress import Progress
 from ..train.checkpoint import checkpoint_folder, load_transcoder
 from ..train.origin import load_origin
@@ -180,7 +180,7 @@ def _score(
     ids, kind = sample.columns["token_id"], sample.columns["kind"]
     inputs = {name: value.to(model.device) for name, value in sample.inputs.items()}
     original = _original(replacement, model, inputs, kind, config.exclude)
-    predicted = np.flatnonzero(kind[1:] != IMAGE)
+    predicted = np.flatnonzero(ids[1:] != (-1 if model.image_token is None else model.image_token))
     truth = torch.from_numpy(ids[1:][predicted]).long().to(model.device)
     for mode, into in scores.items():
         logits = original if mode == "original" else _logits(replacement, model, inputs, mode)

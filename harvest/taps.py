@@ -59,7 +59,7 @@ class MlpTaps:
 
     def _mlp_hook(self, number: int, last: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given, said = _read_and_said(module, args, kwargs, output)
+            given, said = read_and_said(module, args, kwargs, output)
             if self._norms is not None:
                 assert self._before is not None, "the norm in front did not run"
                 residual, normed = self._before
@@ -83,7 +83,7 @@ class MlpTaps:
         self._before = (args[0], output)
 
 
-def _read_and_said(
+def read_and_said(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> tuple[Tensor, Tensor]:
     """The one tensor that an MLP reads, and the one it adds to the residual stream (of a tuple, the first).

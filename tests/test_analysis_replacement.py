@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from tiny_families import TEXT
 from tiny_transcoder import make_model
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from clt.analysis.replacement import Edit, Replacement, parse_edits
 from clt.train.shape import Shape
@@ -141,3 +142,19 @@ def test_edits_are_parsed_or_refused() -> None:
     ):
         with pytest.raises(ValueError, match="expected layer:latent"):
             parse_edits(ablate, steer, layers, 10)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mixtral", "gemma2", "phi"])
+def test_other_families_keep_their_logits_with_the_errors_added(family: str) -> None:
+    """MLPs that return a tuple, that are experts, that have a norm behind them, that run beside attention."""
+    torch.manual_seed(0)
+    experts = {"experts_implementation": "eager"} if family in ("gpt_oss", "mixtral") else {}  # for doubles
+    model = AutoModelForCausalLM.from_config(TEXT[family](320), **experts).double().eval()
+    blocks = model.get_decoder().layers
+    with torch.no_grad(), Replacement(make_model(SHAPE), [block.mlp for block in blocks]) as replaced:
+        replaced.record = True
+        before = model(IDS).logits
+        replaced.record = False
+        for mode, close in (("errors", True), ("zero", False)):
+            replaced.mode = mode
+            assert torch.allclose(model(IDS).logits, before) == close
