@@ -98,7 +98,7 @@ def place_patches(prompt: Prompt, n_tokens: int) -> Places:
             picture[part] = nth
             placed.append([PlacedTile(int(part[0]), int(part[-1]) + 1, None)])
         return Places(row, col, picture, placed)
-    tiled = LAYOUTS[name](prompt)
+    tiled = [[tile for tile in tiles if tile.tokens] for tiles in LAYOUTS[name](prompt)]
     expected = sum(tile.tokens for tiles in tiled for tile in tiles)
     if expected != len(spots):
         raise BadSample(

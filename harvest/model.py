@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ class LoadedProcessor:
     """What turns samples into a model's input; no weights."""
 
     name: str
-    config: Any
-    tokenizer: Any
-    processor: Any
+    config: Any = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    processor: Any = field(repr=False)
     """Same as the tokenizer for a language model."""
     image_token: int | None
     """Token id that stands for a picture; None for a language model."""
@@ -54,9 +54,9 @@ class LoadedProcessor:
 
 @dataclass(frozen=True)
 class LoadedModel(LoadedProcessor):
-    body: nn.Module
+    body: nn.Module = field(repr=False)
     """The model without its LM head; called with the processor's output."""
-    whole: Any
+    whole: Any = field(repr=False)
     """The same with it; a harvest does not run it."""
     device: torch.device
     weights_hash: str

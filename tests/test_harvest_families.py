@@ -14,11 +14,13 @@ from tiny_families import LAYERS, TEXT, VISION
 from torch import Tensor, nn
 
 from clt.cache_format import open_cache
+from clt.cache_format.provenance import patch_rectangle, trace_token
 from clt.harvest.batches import collate
 from clt.harvest.config import HarvestConfig
 from clt.harvest.feed import Feed
 from clt.harvest.mlps import Hookpoints, find_hookpoints, path_pattern
 from clt.harvest.model import LoadedModel, load_model
+from clt.harvest.provenance import SourceOfToken, render_token
 from clt.harvest.rows import open_rows
 from clt.harvest.run import harvest
 from clt.harvest.taps import MlpTaps
@@ -238,6 +240,69 @@ def test_a_harvest_stores_what_each_sample_alone_gives(
         for site, layers in by_itself.items():
             value = layers.movedim(0, 1).numpy()
             np.testing.assert_allclose(values[site][rows], value, rtol=2**-7, atol=2e-4 * np.abs(value).max())
+
+
+@pytest.mark.parametrize("family", ["llava_next", "idefics3"])
+def test_tokens_of_tiles_lead_back_to_their_place(
+    family: str, loaded: Callable[[str], LoadedModel], talks: Path, tmp_path: Path
+) -> None:
+    """What `clt info --token` says of each token of a cache, against what was prepared."""
+    model = loaded(family)
+    harvest(config_for(model.name, str(talks), cache=tmp_path / "c"))
+    cache = open_cache(tmp_path / "c")
+    by_number = {sample.number: sample for sample in prepared(model, talks)}
+    separators = 0
+    for number in range(len(cache["train"])):
+        trace = trace_token(cache, "train", number)
+        sample = by_number[trace["sample"]]
+        images = [
+            i for i in sample.line["images"] if i["positions"][0] <= trace["position"] < i["positions"][1]
+        ]
+        assert bool(images) == (trace["image"] is not None)
+        said = render_token(trace, SourceOfToken(None, None, None, None, []))
+        if trace["kind"] == "image":
+            row, col = (int(sample.columns[name][trace["position"]]) for name in ("row", "col"))
+            expected = patch_rectangle(images[0], trace["position"], row, col)
+            assert trace["image"]["rectangle"] == expected
+            left, top, right, bottom = expected
+            assert f"of tile {trace['image']['tile']} (of 0 to " in said
+            assert f"x {left:g} to {right:g}, y {top:g} to {bottom:g} of the upright picture" in said
+        elif images:
+            separators += 1
+            assert trace["kind"] == "template"
+            assert trace["image"]["rectangle"] is None
+            assert "none: it separates rows or tiles" in said
+    assert separators > 10
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl", "gemma3", "smolvlm", "internvl"])
+def test_in_bfloat16(
+    family: str,
+    folder_of: Callable[[str], Path],
+    talks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pictures are given in the model's own numbers, and its outputs kept bit for bit."""
+    tiny_families.pretend_num2words(monkeypatch)
+    config = config_for(
+        str(folder_of(family)), str(talks), cache=tmp_path / "c", precision="bf16", dtype="bfloat16"
+    )
+    assert harvest(config).rejected == 0
+    cache = open_cache(tmp_path / "c")
+    assert cache.manifest.source["dtype"] == "bfloat16"
+    model, columns = load_model(config), cache["train"].tokens()
+    sample = prepared(model, talks)[0]
+    rows = np.flatnonzero(columns["sample"] == sample.number)
+    rows = rows[np.argsort(columns["position"][rows])]
+    found = run(model, find_hookpoints(model, None, "mlp_in"), to_bfloat16(sample.inputs))
+    stored = torch.from_numpy(cache["train"].read("mlp_in", start=0, stop=len(cache["train"]))[rows])
+    assert torch.equal(stored.bfloat16().float(), stored)
+    torch.testing.assert_close(stored.movedim(0, 1), found["mlp_in"].float(), rtol=0.05, atol=0.05)
+
+
+def to_bfloat16(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_vl", "llama", "gpt2"])

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import tiny_families
 import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
@@ -190,6 +192,42 @@ def test_kinds(model: LoadedModel) -> None:
         inside = slice(*span["positions"])
         cells = np.stack([columns["row"][inside], columns["col"][inside]])[:, kind[inside] == IMAGE]
         assert cells.T.tolist() == [[row, col] for row in range(rows) for col in range(cols)]
+
+
+def test_the_rectangles_of_a_grid_are_its_part_of_the_picture(model: LoadedModel) -> None:
+    """Tiles together, like the whole picture beside them, are all of it; LLaVA-NeXT's grid cuts edges."""
+    plain = prepare(sample(*(picture(size) for size in SIZES)), 0, model, CONFIG)
+    row, col = plain.columns["row"], plain.columns["col"]
+    for image, (width, height) in zip(plain.line["images"], SIZES, strict=True):
+        areas = []
+        for grid in image.get("tiles") or [image]:
+            inside = [p for p in range(*grid["positions"]) if row[p] >= 0]
+            seen = np.array([patch_rectangle(image, p, int(row[p]), int(col[p])) for p in inside])
+            areas.append(((seen[:, 2] - seen[:, 0]) * (seen[:, 3] - seen[:, 1])).sum() / (width * height))
+        if type(model.processor).__name__ in ("LlavaNextProcessor", "LlavaOnevisionProcessor"):
+            assert areas[0] == pytest.approx(1, rel=1e-3)
+            assert 0.8 < areas[1] < 1.001
+        elif len(areas) > 1:
+            assert [sum(areas[:-1]), areas[-1]] == pytest.approx([1, 1], rel=1e-3)
+        else:
+            assert areas == pytest.approx([1], rel=1e-3)
+
+
+@settings(max_examples=12)
+@example(width=97, height=8)
+@given(width=st.integers(8, 400), height=st.integers(8, 400))
+def test_pictures_of_any_shape_are_counted_right(model: LoadedModel, width: int, height: int) -> None:
+    """The processor makes as many tokens as the layout says, and their boxes lie on the picture."""
+    assume(max(width, height) < 30 * min(width, height))
+    image = prepare(sample(picture((width, height))), 0, model, replace(CONFIG, ctx_len=4096)).line["images"][
+        0
+    ]
+    for grid in image.get("tiles") or [image]:
+        left, top, right, bottom = grid["crop"]
+        assert left < width
+        assert top < height
+        assert right > 0
+        assert bottom > 0
 
 
 def test_an_image_is_never_cut(model: LoadedModel) -> None:
