@@ -1,30 +1,33 @@
 """Runs of several ranks each, in processes forked from one that has imported torch.
 
-python ranked_training.py JOBS.json     # [{"world": 2, "config": {...}, "resume": false}, ...]
+python ranked_training.py JOBS.json
+
+A job is {"world": 2, "config": {...}, "resume": false}, with "copy": [run, step] to go on from that step of
+another run; or {"world": 2, "argv": ["train", ...]}, as it is typed. Prints the exit codes of a job's ranks.
 """
 
 import json
 import os
-import socket
+import shutil
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
-from clt.train.config import config_from_json
+from clt import cli
+from clt.train.config import TrainConfig, config_from_json
 from clt.train.loop import train
+from clt.train.meter import Meter
+from clt.train.shape import Shape
 
 
-def free_port() -> int:
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return int(held.getsockname()[1])
-
-
-def train_rank(rank: int, jobs: list[dict[str, Any]]) -> None:
-    """Every job of one world size, one after the other."""
+def work(rank: int, jobs: list[dict[str, Any]]) -> None:
+    """One rank's part of jobs of one world size, one after the other."""
     torch.set_num_threads(1)
+    keep_traffic()
     for job in jobs:
         os.environ |= {
             "RANK": str(rank),
@@ -33,33 +36,63 @@ def train_rank(rank: int, jobs: list[dict[str, Any]]) -> None:
             "LOCAL_WORLD_SIZE": str(job["world"]),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(job["port"]),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
+        if "argv" in job:
+            sys.argv = ["clt", *job["argv"]]
+            cli.main()
+        if "copy" in job and rank == 0:  # the others wait for rank 0 at the start of `train`
+            copy_run(*map(str, job["copy"]), job["config"]["run"])
         train(config_from_json(job["config"]), job.get("resume", False))
+
+
+def keep_traffic() -> None:
+    """Write what was sent and read, by rank, to a file beside the run."""
+    measured = Meter.report
+
+    def report(self: Meter, shape: Shape, config: TrainConfig, tokens: int, seconds: float) -> str | None:
+        rows = [each._asdict() | {"sent": each.sent._asdict()} for each in self.traffic(tokens, seconds)]
+        if os.environ["RANK"] == "0":
+            Path(f"{config.run}.traffic.json").write_text(json.dumps(rows))
+        return measured(self, shape, config, tokens, seconds)
+
+    Meter.report = report
+
+
+def copy_run(run: str, step: str, to: str) -> None:
+    """The run as it was right after that step was saved."""
+    shutil.copytree(run, to)
+    for folder in Path(to).glob("step-*"):
+        if folder.name > step:
+            shutil.rmtree(folder)
+    (Path(to) / "latest").write_text(step)
 
 
 def fork(rank: int, jobs: list[dict[str, Any]]) -> int:
     child = os.fork()
     if child == 0:
         try:
-            train_rank(rank, jobs)
+            work(rank, jobs)
+        except SystemExit as end:
+            os._exit(int(end.code or 0))
         except BaseException:
             sys.excepthook(*sys.exc_info())
-            os._exit(1)
+            os._exit(70)
         os._exit(0)
     return child
 
 
-def main(jobs: list[dict[str, Any]]) -> int:
-    for job in jobs:
-        job["port"] = free_port()
-    for world in sorted({job["world"] for job in jobs}):
-        mine = [job for job in jobs if job["world"] == world]
+def main(jobs: list[dict[str, Any]]) -> None:
+    stores = []  # as torchrun has one, which outlives the ranks
+    for number, job in enumerate(jobs):
+        stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+        job |= {"port": stores[-1].port, "number": number if "argv" in job else -1}
+    for (world, _), group in groupby(jobs, key=lambda job: (job["world"], job["number"])):
+        mine = list(group)
         children = [fork(rank, mine) for rank in range(world)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        if any(codes):
-            return 1
-    return 0
+        print(json.dumps(codes), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(Path(sys.argv[1]).read_text())))
+    main(json.loads(Path(sys.argv[1]).read_text()))

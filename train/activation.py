@@ -52,7 +52,7 @@ class GroupMax(Activation):
         self.k = k
 
     def infer(self, pre: Tensor) -> Codes:
-        groups = pre.view(len(pre), self.k, -1)
+        groups = pre.view(len(pre), self.k, pre.shape[1] // self.k)
         values, inside = groups.max(dim=2)
         first = torch.arange(0, pre.shape[1], groups.shape[2], device=pre.device)
         return Codes.rectangle(values.clamp_(min=0), inside + first, pre.shape[1])
