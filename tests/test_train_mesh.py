@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from clt.train.memory import llava_shape
 from clt.train.ranks import Mesh, deal, imbalance, needed, parameters, shared, wire_bytes
 from clt.train.shape import Shape
+
+COLUMNS = ("codes", "code_grads", "sums", "replicas")
 
 
 def shape_of(n_layers: int, n_targets: int, tie: str = "none", skip: bool = False) -> Shape:
@@ -82,3 +85,15 @@ def test_the_formulas_need_no_torch() -> None:
     """So that `clt plan` can show them at once."""
     code = "import sys; sys.modules['torch'] = None; import clt.train.ranks"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_table_of_the_docs_is_what_the_formulas_say() -> None:
+    """Where the checkout has its docs."""
+    shape, text = llava_shape(), (Path(__file__).parents[1] / "docs" / "ranks.md").read_text()
+    for world in (2, 4, 8, 16, 32, 64):
+        mesh = Mesh.of(shape, world, 0)
+        wire = [wire_bytes(shape, each, 4096) for each in mesh.everyone]
+        most = [max(getattr(each, name) for each in wire) / 4096 for name in COLUMNS]
+        row = [world, f"{mesh.shards} x {mesh.replicas}", f"{imbalance(shape, mesh):.2f}"]
+        row += [f"{value:,.0f}" for value in most]
+        assert f"| {' | '.join(map(str, row))} |" in text

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,8 @@ from test_train_ranks import configure, job, require_same, start, tensors
 
 from clt.train.loop import train
 
+ERROR = re.compile(r"error: .*")
+"""Lines of two processes may run into each other."""
 BOUND = 60.0
 """Seconds, on a busy machine; a hang would last for 30 minutes."""
 
@@ -53,7 +56,7 @@ def test_a_fault_of_one_rank_ends_all_with_its_words(cache: Path, tmp_path: Path
     assert codes[0] == [2, 2, 2]
     assert sorted(codes[1]) == [1, 2, 2]
     assert codes[2] == [2, 2]
-    said = [line for line in errors.splitlines() if line.startswith("error:")]
+    said = ERROR.findall(errors)
     assert len(said) == 3, errors
     assert "not finite in layer" in said[0]
     assert "The run is stopped, there is no checkpoint" in said[0]
@@ -120,7 +123,7 @@ def test_a_killed_rank_is_named_and_torchrun_goes_on_without_a_word(
     _, errors = agent.communicate(timeout=2 * BOUND)
     assert time.monotonic() - killed < 2 * BOUND
     assert agent.returncode == 0, errors
-    said = [line for line in errors.splitlines() if line.startswith("error:")]
+    said = ERROR.findall(errors)
     assert len(said) == 1, errors
     assert "rank 1 of 2 (layers " in said[0]
     assert "is gone" in said[0]
