@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from test_train_loop import configure, lines
 
 from clt.stopping import StopRequested
+from clt.train.charts import near_axis
 from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig
 from clt.train.curves import Curves
@@ -342,3 +343,19 @@ def test_a_sweeps_page_in_a_browser(sweep_page: Path, browser: Any, width: int, 
 def test_numbers_of_tables(value: float, text: str) -> None:
     """Counts of latents are read in full."""
     assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("values", "first", "last", "log"),
+    [
+        ([0.49, 0.6], 0.45, 0.6, False),
+        ([32.0, 32.0], 30.0, 40.0, False),
+        ([0.0, 3.0], 0.0, 3.0, False),
+        ([8.0, 400.0], 8 / 1.05, 400 * 1.05, True),
+    ],
+)
+def test_a_near_axis_begins_at_its_values(values: list[float], first: float, last: float, log: bool) -> None:
+    found = near_axis(np.array(values))
+    assert (found.first, found.last, found.log) == (pytest.approx(first), pytest.approx(last), log)
+    assert all(found.first <= tick <= found.last for tick in found.ticks)
+    assert len(found.ticks) >= 2

@@ -75,6 +75,16 @@ def axis(values: Doubles, log: bool | None = None) -> Axis:
     return Axis(first, last, False, ticks)
 
 
+def near_axis(values: Doubles) -> Axis:
+    """As `axis`, but from the lowest value on."""
+    low, high = float(values.min()), float(values.max())
+    if low > 0 and high / low > LOG_RATIO:
+        return _log_axis(low, high)
+    step = _round_step((high - low or abs(high) or 1.0) / 4)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return Axis(first * step, max(last, first + 1) * step, False, [step * i for i in range(first, last + 1)])
+
+
 def _log_axis(low: float, high: float) -> Axis:
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     inside: list[float] = []
@@ -131,12 +141,12 @@ def scatter_chart(
 ) -> str:
     """Dots with their marks, and a line through the points (x, y) of `line`; axes: names of x and y.
 
-    Axes are logarithmic where all values are positive, and begin at the lowest.
+    Axes begin near the lowest value, and are logarithmic where the values ask for it.
     """
     if not dots:
         return _figure(ident, title, note, '<p class="none">No numbers yet.</p>')
     across, down = (np.array([dot[place] for dot in dots], np.float64) for place in (2, 3))
-    x, y = axis(across, log=True), axis(down, log=True)
+    x, y = near_axis(across), near_axis(down)
     marks = "".join(_dot(dot, x, y, axes) for dot in dots)
     path = _path(Line("", *np.array(line, np.float64).T), x, y, "line l0") if len(line) > 1 else ""
     label = f"{title}: " + ", ".join(f"{dot.name} {number(dot.x)}, {number(dot.y)}" for dot in dots)
