@@ -11,6 +11,7 @@ import io
 import urllib.error
 import urllib.request
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,8 @@ MAX_ASPECT = 100
 MIN_SIDE = 8
 """Thinner pictures are enlarged: processors take a side of 1 or 3 for the colour axis."""
 FETCH_SECONDS = 30.0
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "MPO", "PPM", "ICO", "TGA")
+"""That are opened, of those that Pillow can: it reads EPS by running Ghostscript, a programming language."""
 
 
 class PictureSource(NamedTuple):
@@ -64,7 +67,7 @@ def load_picture(reference: Any, source: PictureSource) -> Picture:
     try:
         # of large pictures and broken EXIF; the limit here is ours. Threads would mix up their catch_warnings
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        with Image.open(io.BytesIO(data)) as file:
+        with Image.open(io.BytesIO(data), formats=_formats()) as file:
             _check_size(file.size)
             frames = int(getattr(file, "n_frames", 1))
             upright = _upright_rgb(file)
@@ -146,6 +149,14 @@ def _fetch(reference: str, source: PictureSource) -> bytes:
     if len(data) > MAX_BYTES:
         raise BadSample(f"image {reference!r} is too large: more than {MAX_BYTES} bytes")
     return data
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _check_size(size: tuple[int, int]) -> None:

@@ -44,6 +44,8 @@ def prepare(sample: Sample, number: int, model: LoadedProcessor, config: Harvest
     """Tokenise, tell the kinds apart, cut to ctx-len, choose what is stored; BadSample with a reason."""
     inputs, content, places = tokenise(sample, model)
     ids = inputs["input_ids"][0].numpy()
+    if not len(ids):
+        raise BadSample("no tokens")
     kind = _kinds(ids, content, places, model)
     length = min(len(ids), config.ctx_len)
     if (places.picture[length:] >= 0).any():

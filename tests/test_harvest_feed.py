@@ -2,11 +2,13 @@
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
+from tokenizers import normalizers, processors
 
 from clt.harvest.config import HarvestConfig
 from clt.harvest.feed import Feed, Read, cores
@@ -73,6 +75,17 @@ def test_samples_come_in_order_whoever_is_quicker(
     found = list(feed_of(processor, rows).reads())
     assert [one.number for one in found] == list(range(40))
     assert sorted(int(one.id) for one in found) == list(range(40))
+
+
+def test_a_text_that_leaves_no_token_is_a_reason(processor: LoadedProcessor) -> None:
+    """A zero-width space is no blank to Python, and nothing to this tokenizer, which has no BOS."""
+    tokenizer = tiny.make_tokenizer([])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    speechless = replace(processor, tokenizer=tokenizer, processor=tokenizer, image_token=None)
+    reads = {one.row: one for one in feed_of(speechless, [{"text": "\u200b"}, {"text": "a"}]).reads()}
+    assert reads[0].reason == "no tokens"
+    assert reads[1].prepared.length == 1
 
 
 class Hostile(dict[str, Any]):

@@ -161,6 +161,18 @@ def test_what_is_no_picture_says_so(data: bytes, reason: str) -> None:
         load(data)
 
 
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM", "JPEG2000", "TGA"])
+def test_the_formats_that_are_read(form: str) -> None:
+    assert load(encoded(Image.new("RGB", (30, 20), RED), form)).size == (30, 20)
+
+
+@pytest.mark.parametrize("form", ["EPS", "PCX", "SGI"])
+def test_formats_that_no_dataset_needs_are_not_opened(form: str) -> None:
+    """Pillow reads EPS by running Ghostscript, which is a programming language."""
+    with pytest.raises(BadSample, match="bytes that are no known image format"):
+        load(encoded(Image.new("RGB", (30, 20), RED), form))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """root/inside.png, secret.png beside root, and a link from root to it."""
