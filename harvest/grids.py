@@ -24,12 +24,12 @@ class Tile(NamedTuple):
     cols: int
     box: Box
     """What it covers, in pixels of the picture that the processor was given."""
-    separators: str = ""
-    """Tokens that are no patch: `rows` has one behind each row, `end` one behind the last patch."""
+    newlines: bool = False
+    """A token that is no patch stands behind each row."""
 
     @property
     def tokens(self) -> int:
-        return self.rows * self.cols + {"": 0, "rows": self.rows, "end": 1}[self.separators]
+        return self.rows * (self.cols + self.newlines)
 
 
 class Prompt(NamedTuple):
@@ -117,10 +117,9 @@ def place_patches(prompt: Prompt, n_tokens: int) -> Places:
 
 
 def _count_cells(tile: Tile) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int16]]:
-    width = tile.cols + (tile.separators == "rows")
-    row, col = np.divmod(np.arange(tile.tokens), width)
-    no_patch = (col == tile.cols) if tile.separators == "rows" else (row == tile.rows)
-    return np.where(no_patch, -1, row).astype(np.int16), np.where(no_patch, -1, col).astype(np.int16)
+    row, col = np.divmod(np.arange(tile.tokens), tile.cols + tile.newlines)
+    patch = col < tile.cols
+    return np.where(patch, row, -1).astype(np.int16), np.where(patch, col, -1).astype(np.int16)
 
 
 def _share_runs(prompt: Prompt) -> list[npt.NDArray[np.int64]]:
@@ -164,26 +163,21 @@ def own_grid(prompt: Prompt) -> list[list[Tile]]:
 
 def any_resolution(prompt: Prompt) -> list[list[Tile]]:
     """LLaVA-NeXT and OneVision: the whole picture squeezed, then one grid over all tiles, without padding."""
-    alone = [n == 1 for n in prompt.inputs.get("batch_num_images", [1] * len(prompt.sizes)) for _ in range(n)]
-    return [_base_and_tiles(prompt, size, one) for size, one in zip(prompt.sizes, alone, strict=True)]
+    return [_base_and_tiles(prompt.processor, size) for size in prompt.sizes]
 
 
-def _base_and_tiles(prompt: Prompt, size: tuple[int, int], alone: bool) -> list[Tile]:
-    processor, images = prompt.processor, prompt.images
+def _base_and_tiles(processor: Any, size: tuple[int, int]) -> list[Tile]:
+    images = processor.image_processor
     pixels = _tile_side(images)
     tokens = getattr(processor, "num_image_tokens", None)
     side = pixels // processor.patch_size if tokens is None else _square(tokens)
-    if not alone:  # OneVision with several pictures to a prompt: each padded to a square
-        edge, (width, height) = max(size), size
-        left, top = -((edge - width) // 2), -((edge - height) // 2)
-        return [Tile(side, side, Box(left, top, left + edge, top + edge), "end")]
     rows, cols, box = _unpadded(images, size, pixels, side)
     aspect = getattr(processor, "vision_aspect_ratio", None)
     if aspect is not None:
         ratio = math.sqrt(rows * cols / (int(aspect.removeprefix("anyres_max_")) * side**2))
         if ratio > 1.1:
             rows, cols = int(rows // ratio), int(cols // ratio)
-    return [Tile(side, side, _whole(size)), Tile(rows, cols, box, "rows")]
+    return [Tile(side, side, _whole(size)), Tile(rows, cols, box, newlines=True)]
 
 
 def _tile_side(images: Any) -> int:

@@ -5,6 +5,7 @@ the language model is given for an image token depends on the pixels of that tok
 quarter of it, and on no others. So pictures are changed, here and there, and embeddings compared.
 """
 
+import re
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
+import clt.cache_format
 from clt.cache_format.layout import KINDS
 from clt.cache_format.provenance import patch_rectangle
 from clt.harvest.batches import collate
@@ -228,6 +230,17 @@ def test_pictures_of_any_shape_are_counted_right(model: LoadedModel, width: int,
         assert top < height
         assert right > 0
         assert bottom > 0
+
+
+def test_the_format_names_what_is_recorded(model: LoadedModel) -> None:
+    """FORMAT.md's table of `images`, and of their tiles."""
+    text = Path(clt.cache_format.__file__).with_name("FORMAT.md").read_text()
+    table = text.split("\n## Samples\n")[1].split("\n## ")[0]
+    members = set(re.findall(r"^\| (\w+) \|", table, re.M)) - {"member"}
+    image = prepare(sample(picture(SIZES[0])), 0, model, CONFIG).line["images"][0]
+    assert members - {"tiles", "frames"} <= set(image) <= members
+    for tile in image.get("tiles", []):
+        assert set(tile) == {"positions", "grid", "crop"}
 
 
 def test_an_image_is_never_cut(model: LoadedModel) -> None:
