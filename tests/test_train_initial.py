@@ -65,3 +65,20 @@ def test_statistics_are_written_once_and_stay(cache: Path, tmp_path: Path) -> No
         assert torch.equal(kept["in_mean"], torch.from_numpy(statistics.mean[layer]).float())
         assert all(torch.equal(kept[name], mine[name]) for name in names)
     assert torch.equal(load_transcoder(second.run).inputs.mean, load_transcoder(first.run).inputs.mean)
+
+
+@pytest.mark.parametrize("tie", ["none", "source", "target"])
+@pytest.mark.parametrize("optimizer", ["adam", "signum", "muon"])
+def test_every_pair_of_layers_is_trained(cache: Path, tmp_path: Path, tie: str, optimizer: str) -> None:
+    """Decoders begin at zero and encoders do not: that is no saddle, and no decoder and no encoder stays."""
+    structure = replace(STRUCTURE, tie=tie, n_targets=LAYERS, skip_connection=True)
+    config = replace(configure(cache, tmp_path / "run"), transcoder=structure, optimizer=optimizer, steps=3)
+    fresh = new_transcoder(structure, open_source(config, "train"), torch.float32, config.seed)
+    train(config)
+    model = load_transcoder(config.run)
+    for layer in range(LAYERS):
+        for before, after in ((fresh.W_enc, model.W_enc), (fresh.b_enc, model.b_enc)):
+            assert not torch.equal(before[layer], after[layer])
+        for target in range(layer, LAYERS):
+            assert not fresh.decoder(layer, target).any()
+            assert bool(model.decoder(layer, target).any(dim=1).float().mean() > 0.5)
