@@ -136,14 +136,15 @@ def drop_after_use() -> None:
     """Give a chunk's pages back as soon as it is decoded."""
     plain = Shard.decode
 
-    def decode(self: Shard, slot: int, out: npt.NDArray[Any]) -> None:
-        plain(self, slot, out)
+    def decode(self: Shard, slot: int, out: npt.NDArray[Any]) -> int:
+        read = plain(self, slot, out)
         start, size = self._place(slot)
         first = start // mmap.PAGESIZE * mmap.PAGESIZE
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED, first, start + size - first)
         with open(self.path, "rb") as file:
             os.posix_fadvise(file.fileno(), first, start + size - first, os.POSIX_FADV_DONTNEED)
+        return read
 
     Shard.decode = decode  # type: ignore[method-assign]
 
