@@ -39,6 +39,7 @@ def plan_command(
         int | None, typer.Option(help="windows mixed with each other [default: all]")
     ] = None,
     threads: Annotated[int, typer.Option(help="decoding threads")] = 16,
+    ranks: Annotated[int, typer.Option(help="processes of torchrun")] = 1,
     read_speeds: Annotated[str, typer.Option(help="of the cache's disk or network, in GB/s")] = "0.2,1,5",
     explain: Annotated[bool, typer.Option("--explain", help="the formula of each line")] = False,
     as_json: AsJson = False,
@@ -57,7 +58,7 @@ def plan_command(
     same = (
         *("tokens", "tokens_per_s", "precision", "step_divisor", "window", "sample_tokens", "batch_tokens"),
         *("grad_acc_steps", "epochs", "optimizer", "dtype", "buffer_tokens", "threads"),
-        "shuffle_windows",
+        *("shuffle_windows", "ranks"),
     )
     settings = {name: given[name] for name in same} | {"read_speeds": _speeds(read_speeds)}
     from ..planning.prediction import plan_of, predict, render, to_json

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cache_format import open_cache
-from ..cache_format.layout import CHUNK, SITES, n_chunks, parse_layers, vector_bytes
+from ..cache_format.layout import CHUNK, SITES, n_chunks, parse_layers
 from ..cache_format.manifest import PRECISIONS
 from ..train.config import DTYPES, OPTIMIZERS, TranscoderConfig
-from ..train.memory import OffloadMemory, ReadMemory, StepMemory, offload_memory, read_memory, step_memory
+from ..train.memory import BYTES
 from ..train.order import ReadOrder, perfect_partners, predicted_partners
+from ..train.ranks import Mesh, wire_bytes
 from ..train.shape import Shape
 from ..train.source import Source
 from .cache_size import TYPICAL, CacheSize, Coded, cache_bytes, layer_bytes, measure_coded
 from .model_size import ModelSize, read_model_size
+from .rank_cost import RankMemory, Work, rank_memory
 
 READ_SPEEDS = (0.2, 1.0, 5.0)
 """GB/s: a network drive, a good network file system, a local NVMe drive."""
@@ -56,6 +58,7 @@ class PlanConfig:
     shuffle_windows: int | None = None
     """None: all"""
     threads: int = 16
+    ranks: int = 1
     read_speeds: tuple[float, ...] = READ_SPEEDS
 
     def __post_init__(self) -> None:
@@ -67,7 +70,15 @@ class PlanConfig:
             raise ValueError(f"--optimizer: expected one of {OPTIMIZERS}, found {self.optimizer!r}")
         if self.window < 64 or self.window % 64:
             raise ValueError(f"--window: expected a multiple of 64, found {self.window}")
-        counts = ("tokens", "batch_tokens", "grad_acc_steps", "buffer_tokens", "threads", "shuffle_windows")
+        counts = (
+            "tokens",
+            "batch_tokens",
+            "grad_acc_steps",
+            "buffer_tokens",
+            "threads",
+            "shuffle_windows",
+            "ranks",
+        )
         for name in (*counts, "tokens_per_s", "sample_tokens", "epochs", "step_divisor"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
@@ -131,38 +142,20 @@ def predict(config: PlanConfig) -> list[Line]:
     return [*_cache_lines(config), *_harvest_lines(config), *_memory_lines(config), *_reading_lines(config)]
 
 
-def step_of(config: PlanConfig, optimizer: str) -> StepMemory:
-    """As the trainer counts it."""
-    return step_memory(config.shape, **_step_sizes(config, optimizer))
-
-
-def offload_of(config: PlanConfig, optimizer: str) -> OffloadMemory:
-    """The same with `--offload`."""
-    return offload_memory(config.shape, **_step_sizes(config, optimizer))
-
-
-def _step_sizes(config: PlanConfig, optimizer: str) -> dict[str, Any]:
-    width = config.size.d_model
-    return {
-        "tokens": config.batch_tokens,
-        "grad_acc_steps": config.grad_acc_steps,
-        "dtype": config.dtype,
-        "optimizer": optimizer,
-        "stored_bytes": vector_bytes(width, config.precision == "int8") / width,
-    }
-
-
-def reading_of(config: PlanConfig) -> ReadMemory:
-    """As the reader counts it; a short cache has smaller buffers."""
+def work_of(config: PlanConfig, optimizer: str, offload: str = "none") -> Work:
+    """The trainer's and reader's sizes; a short cache has smaller buffers."""
     chunks = n_chunks(config.tokens or config.buffer_tokens)
-    order = ReadOrder(chunks, config.buffer_tokens, seed=0)
-    return read_memory(
-        len(config.layers),
-        config.size.d_model,
+    buffer = ReadOrder(chunks, config.buffer_tokens, seed=0).largest_buffer * CHUNK
+    return Work(
+        config.shape,
+        config.batch_tokens,
+        config.grad_acc_steps,
+        config.dtype,
+        optimizer,
+        offload,
+        buffer,
         config.precision,
-        buffer_tokens=order.largest_buffer * CHUNK,
-        batch_tokens=config.batch_tokens,
-        threads=config.threads,
+        config.threads,
     )
 
 
@@ -233,34 +226,51 @@ def _memory_lines(config: PlanConfig) -> list[Line]:
             f"{shape.d_model} channels, and biases; {shape.n_pairs} (source, target) pairs",
         )
     ]
+    meshes = Mesh.of(shape, config.ranks, 0).everyone
     for optimizer in (config.optimizer,) if config.optimizer else OPTIMIZERS:
         if optimizer == "adam8" and config.dtype == "float64":
             continue
-        lines += _placement_lines(config, optimizer)
+        for offload in ("none", "host") if config.ranks == 1 else ("none",):
+            work = work_of(config, optimizer, offload)
+            ranks = [rank_memory(work, mesh) for mesh in meshes]
+            lines.append(_memory_line(config, work, max(ranks, key=lambda memory: memory.step.device)))
+    if config.ranks > 1:
+        lines.append(_wire_line(config, meshes))
     return lines
 
 
-def _placement_lines(config: PlanConfig, optimizer: str) -> list[Line]:
-    """Decoders on the device, and away from it."""
-    reading = reading_of(config)._replace(batch=0)  # the step's batches are counted by the step
-    lines, offload = [], offload_of(config, optimizer)
-    for step, away in ((step_of(config, optimizer), 0), offload):
-        host = step.batches + sum(reading) + PROCESS_BYTES + away
-        on_device = _parts({name: part for name, part in step._asdict().items() if name != "batches"})
-        decoders = f"decoders and their state {_size(away)} (with disk: there) + " if away else ""
-        lines.append(
-            Line(
-                "training",
-                f"memory_{optimizer}{'_offload' if away else ''}",
-                {"device": step.device, "host": host, "one_machine": step.device + host},
-                f"{'  --offload host: ' if away else f'{optimizer:<7} '}device {_size(step.device)}, host "
-                f"{_size(host)}; {_size(step.device + host)} where both are one",
-                f"device: {on_device}; host: {decoders}batches {_size(step.batches)} + "
-                f"{_parts(reading._asdict())} + Python and torch {_size(PROCESS_BYTES)}; train/memory.py, "
-                f"{config.dtype}",
-            )
-        )
-    return lines
+def _memory_line(config: PlanConfig, work: Work, held: RankMemory) -> Line:
+    """Decoders on the device, or away from it."""
+    step, away, reading = held
+    host = held.host + PROCESS_BYTES
+    on_device = _parts({name: part for name, part in step._asdict().items() if name != "batches"})
+    decoders = f"decoders and their state {_size(away)} (with disk: there) + " if away else ""
+    of_rank = f"; the heaviest of {config.ranks} ranks" if config.ranks > 1 else ""
+    return Line(
+        "training",
+        f"memory_{work.optimizer}{'_offload' if away else ''}",
+        {"device": step.device, "host": host, "one_machine": step.device + host},
+        f"{'  --offload host: ' if away else f'{work.optimizer:<7} '}device {_size(step.device)}, host "
+        f"{_size(host)}; {_size(step.device + host)} where both are one{of_rank}",
+        f"device: {on_device}; host: {decoders}batches {_size(step.batches)} + "
+        f"{_parts(reading._asdict())} + Python and torch {_size(PROCESS_BYTES)}; train/memory.py, "
+        f"{config.dtype}",
+    )
+
+
+def _wire_line(config: PlanConfig, meshes: tuple[Mesh, ...]) -> Line:
+    tokens = config.batch_tokens * config.grad_acc_steps
+    sent = [wire_bytes(config.shape, m, tokens, weight=BYTES[config.dtype]) for m in meshes]
+    most = max(sent, key=lambda wire: wire.total)
+    parts = _parts({name: round(size / tokens) for name, size in most._asdict().items()})
+    return Line(
+        "training",
+        "wire_bytes_per_token",
+        most.total / tokens,
+        f"{_size(most.total / tokens)} a token sent by the rank that sends most ({meshes[0].shards} shards, "
+        f"{meshes[0].replicas} replicas)",
+        f"train/ranks.py, wire_bytes: {parts}",
+    )
 
 
 def _reading_lines(config: PlanConfig) -> list[Line]:
