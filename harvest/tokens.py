@@ -50,7 +50,7 @@ def prepare(sample: Sample, number: int, model: LoadedProcessor, config: Harvest
     length = min(len(ids), config.ctx_len)
     if (places.picture[length:] >= 0).any():
         end = int(np.flatnonzero(places.picture >= 0)[-1]) + 1
-        raise BadSample(f"an image ends at token {end}, beyond ctx-len {config.ctx_len}")
+        raise BadSample(f"an image ends at token {end}, beyond ctx-len {config.ctx_len}; raise --ctx-len")
     keep = _chosen(kind[:length], places.picture[:length], number, config)
     full = {
         "sample": np.full(length, number),

@@ -26,7 +26,7 @@ from clt.cache_format.layout import KINDS
 from clt.cache_format.provenance import patch_rectangle
 from clt.harvest.batches import collate
 from clt.harvest.config import HarvestConfig
-from clt.harvest.grids import LAYOUTS
+from clt.harvest.grids import LAYOUTS, Prompt, find_runs, place_patches
 from clt.harvest.model import LoadedModel, load_model, load_processor
 from clt.harvest.pictures import Picture
 from clt.harvest.rows import BadSample
@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SIZES = [(150, 100), (90, 160)]
 CONFIG = HarvestConfig(model="", dataset="", cache=Path("c"))
 GREY, WHITE = (90, 100, 110), (230, 220, 210)
+FULL_SIZE = tiny_families.full_size_processors()
 FAINT = 1e-4
 """Norm of what arithmetic alone changes."""
 MATTERS = 0.1
@@ -297,3 +298,18 @@ def test_more_tokens_than_the_layout_says_are_found_out(
     monkeypatch.setitem(LAYOUTS, name, lambda prompt: [tiles[:1] * 9 for tiles in known(prompt)])
     with pytest.raises(BadSample, match=rf"image tokens where {name} was expected to make"):
         prepare(sample(picture(SIZES[0])), 0, model, CONFIG)
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_layouts_hold_at_full_size(name: str) -> None:
+    """With the sizes of published models there are as many tokens as the layout, and docs/models.md, say."""
+    processor, holder = FULL_SIZE[name]
+    token = processor.tokenizer.convert_tokens_to_ids(holder)
+    for size in ((640, 480), (300, 1200), (57, 60)):
+        inputs = processor(text=f"a {holder} b", images=[Image.new("RGB", size)], return_tensors="pt")
+        ids = inputs["input_ids"][0].numpy()
+        places = place_patches(Prompt(processor, inputs, [size], find_runs(ids == token)), len(ids))
+        assert np.array_equal(places.picture >= 0, ids == token)
+        if size == (640, 480):
+            text = " ".join((Path(__file__).parents[1] / "docs" / "models.md").read_text().split())
+            assert f"{(ids == token).sum():,} for {name}" in text

@@ -430,3 +430,49 @@ def pretend_num2words(patch: Any) -> None:
     import transformers.models.smolvlm.processing_smolvlm as smolvlm
 
     patch.setattr(smolvlm, "num2words", str)
+
+
+def full_size_processors() -> dict[str, tuple[Any, str]]:
+    """By name: a processor as the published models have it, but for the vocabulary, and its placeholder."""
+    next_images = transformers.LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size=square(336))
+    return {
+        "LLaVA-NeXT": (
+            transformers.LlavaNextProcessor(
+                image_processor=next_images,
+                tokenizer=tokenizer_for("llava_next"),
+                patch_size=14,
+                vision_feature_select_strategy="default",
+                num_additional_image_tokens=1,
+            ),
+            "<image>",
+        ),
+        "LLaVA-OneVision": (
+            pictures_only(transformers.LlavaOnevisionProcessor)(
+                transformers.LlavaOnevisionImageProcessorPil(),
+                tokenizer_for("llava_onevision"),
+                num_image_tokens=729,
+                vision_feature_select_strategy="full",
+            ),
+            "<image>",
+        ),
+        "Idefics3": (
+            transformers.Idefics3Processor(
+                transformers.Idefics3ImageProcessorPil(), tokenizer_for("idefics3"), image_seq_len=169
+            ),
+            "<image>",
+        ),
+        "InternVL with 12 tiles": (
+            pictures_only(transformers.InternVLProcessor)(
+                transformers.GotOcr2ImageProcessorPil(size=square(448), crop_to_patches=True),
+                tokenizer_for("internvl"),
+                image_seq_length=256,
+            ),
+            "<IMG_CONTEXT>",
+        ),
+        "Qwen2-VL": (
+            pictures_only(transformers.Qwen2VLProcessor)(
+                transformers.Qwen2VLImageProcessorPil(), tokenizer_for("qwen")
+            ),
+            "<|image_pad|>",
+        ),
+    }
