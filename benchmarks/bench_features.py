@@ -31,6 +31,7 @@ from clt.cache_format import Cache, open_cache  # noqa: E402
 from clt.cache_format.layout import KINDS  # noqa: E402
 from clt.harvest.provenance import SourceData  # noqa: E402
 from clt.train.checkpoint import checkpoint_folder, load_shape  # noqa: E402
+from clt.train.sparse import Codes  # noqa: E402
 
 OUT = ROOT / "demo" / "out"
 PATCH = 8
@@ -99,6 +100,8 @@ def harvest_unseen(n_pictures: int) -> Path:
     """A cache of pictures with their captions; made by `clt harvest`, gone on with where it was cut off."""
     dataset = write_unseen(OUT / "unseen", shapes.UNSEEN[5000 : 5000 + n_pictures])
     cache = OUT / f"unseen-{n_pictures}.cache"
+    if cache.exists() and open_cache(cache).complete:
+        return cache
     arguments = ["harvest", OUT / "model", dataset, cache, "--val-fraction", 0, "--window", 4096]
     arguments += ["--batch-tokens", 2048, "--dtype", "float32"]
     subprocess.run([sys.executable, "-m", "clt.cli", *map(str, arguments)], check=True, stdout=sys.stderr)
@@ -135,11 +138,11 @@ def true_of_patches(number: int) -> npt.NDArray[np.bool_]:
 
 
 @torch.no_grad()
-def activations(run: Path, place: int, layer: int, tokens: Tokens) -> torch.Tensor:
-    """(token, latent) of one layer."""
+def codes_of(run: Path, place: int, layer: int, tokens: Tokens) -> Codes:
+    """Of one layer."""
     model = load_encoder(checkpoint_folder(run), place)
     x = torch.from_numpy(tokens.cache["train"].read("mlp_in", layers=[layer])[tokens.place, 0])
-    return model.encode_layer(model.inputs.apply_to(x.to(model.inputs.mean.dtype), 0), 0).dense()
+    return model.encode_layer(model.inputs.apply_to(x.to(model.inputs.mean.dtype), 0), 0)
 
 
 def auc_by_layer(run: Path, place: int, *parts: Tokens) -> list[Doubles]:
@@ -147,24 +150,33 @@ def auc_by_layer(run: Path, place: int, *parts: Tokens) -> list[Doubles]:
     layer = load_shape(checkpoint_folder(run)).layers[place]
     found = []
     for tokens in parts:
-        values = activations(run, place, layer, tokens)
-        kinds = [torch.from_numpy(tokens.image), torch.from_numpy(~tokens.image)]
-        truth = torch.from_numpy(tokens.truth)
-        found.append(np.stack([auc(values[kind], truth[kind]).numpy() for kind in kinds]))
+        codes = codes_of(run, place, layer, tokens)
+        found.append(np.stack([auc(codes, kind, tokens.truth) for kind in (tokens.image, ~tokens.image)]))
     return found
 
 
-def auc(values: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """(latent, word): chance that a true token's activation is above a false one's; ties are half."""
-    order = values.argsort(dim=0)
-    ranks = torch.empty_like(values, dtype=torch.float64)
-    numbers = torch.arange(1, len(values) + 1, dtype=torch.float64)[:, None].expand(values.shape)
-    ranks.scatter_(0, order, numbers)
-    zeros = (values == 0).sum(dim=0)
-    ranks = torch.where(values == 0, (zeros + 1) / 2, ranks)  # values are positive or 0: ties are at 0
-    n_true = truth.sum(dim=0).double()
-    above = ranks.T @ truth.double() - n_true * (n_true + 1) / 2
-    return above / (n_true * (len(truth) - n_true))
+def auc(codes: Codes, chosen: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> Doubles:
+    """(latent, word): chance that a true token's activation is above a false one's, ties half; nan without.
+
+    Of the chosen tokens. Only codes are sorted: the other activations are 0, and all of one rank.
+    """
+    token, latent, value = (part.numpy() for part in (codes.tokens, codes.columns, codes.values))
+    mine = chosen[token] & (value > 0)
+    token, latent, value = token[mine], latent[mine], value[mine]
+    order = np.lexsort((value, latent))
+    token, latent = token[order], latent[order]
+    zeros = chosen.sum() - np.bincount(latent, minlength=codes.n_latents)
+    rank = zeros[latent] + 1 + np.arange(len(latent)) - np.searchsorted(latent, latent)
+    n_true = truth[chosen].sum(axis=0)
+    above = np.empty((codes.n_latents, len(n_true)))
+    for word, n in enumerate(n_true.tolist()):
+        true = truth[token, word]
+        with_code = np.bincount(latent, true, minlength=codes.n_latents)
+        ranks = np.bincount(latent, rank * true, minlength=codes.n_latents)
+        above[:, word] = ranks + (n - with_code) * (zeros + 1) / 2 - n * (n + 1) / 2
+    with np.errstate(invalid="ignore"):
+        found: Doubles = above / (n_true * (chosen.sum() - n_true))
+    return found
 
 
 def pick(chosen_on: Doubles, held: Doubles, layers: tuple[int, ...]) -> list[Found]:
@@ -200,7 +212,7 @@ def table(by_patches: list[Found], by_both: list[Found], unseen: Tokens) -> str:
 
 def shown(run: Path, layers: tuple[int, ...], found: Found, unseen: Tokens) -> Shown:
     """The latent's strongest held-out pictures, and where in text it is strongest."""
-    values = activations(run, layers.index(found.layer), found.layer, unseen)[:, found.latent].numpy()
+    values = codes_of(run, layers.index(found.layer), found.layer, unseen).dense()[:, found.latent].numpy()
     on_patch = np.where(unseen.image, values, 0)
     pictures: list[int] = []
     for token in on_patch.argsort()[::-1].tolist():
