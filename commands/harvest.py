@@ -96,6 +96,9 @@ def harvest_command(
     lines = [f"{whose}{cache} is complete: {text}; {report.rejected} samples rejected"]
     for name, kinds in report.kinds.items():
         lines.append(f"  {name}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
+    if spent := sum(report.seconds.values()):
+        shares = (f"{seconds / spent:.0%} {name}" for name, seconds in report.seconds.items())
+        lines.append(f"  time: {', '.join(shares)}")
     answer(as_json, report._asdict(), "\n".join(lines))
 
 

@@ -37,8 +37,9 @@ def quantise_on_device(values: Tensor, divisor: float) -> DeviceVectors:
     """values: (token, d_model) of any float type."""
     tokens, width = values.shape
     blocks = n_blocks(width)
-    exact = torch.zeros(tokens, blocks * BLOCK, device=values.device)
-    exact[:, :width] = values
+    exact = values.to(torch.float32, copy=True)  # changed in place below
+    if width < blocks * BLOCK:
+        exact = torch.nn.functional.pad(exact, (0, blocks * BLOCK - width))
     size = exact.abs()
     by_block = (tokens, blocks, BLOCK)
     peak = size.view(by_block).amax(dim=2)

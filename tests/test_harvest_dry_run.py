@@ -103,6 +103,23 @@ def test_colours_and_legend(folder: Path, tmp_path: Path) -> None:
     assert re.search(r"2 samples rejected\n  row 1[23], id ", plain)
 
 
+def test_a_harvest_tells_where_its_time_went(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In shares that add up; and nothing of it where there was nothing to do."""
+    command = ["clt", "harvest", str(folder / "model"), str(folder / "data" / "train.jsonl")]
+    command += [str(tmp_path / "c"), "--max-bad-fraction", "1"]
+    for again in (False, True):
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit, match="0"):
+            main()
+        told = re.search(r"  time: (.*)", capsys.readouterr().out)
+        assert (told is None) == again
+        if told:
+            assert re.sub(r"\d+% ", "", told[1]) == "samples, device, copy, encode, disk"
+            assert 97 <= sum(map(int, re.findall(r"(\d+)%", told[1]))) <= 103
+
+
 def test_the_command_on_a_pipe_and_on_a_terminal(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_several_pictures_inside_a_parquet_file(
         assert "in the row itself: unchanged" in render_token(trace, found)
 
 
+@pytest.mark.slow
 def test_the_command_reads_parquet(pictures: tuple[Path, list[list[bytes]]]) -> None:
     cache, _ = pictures
     command = [

@@ -36,7 +36,9 @@ def test_sums_are_those_of_numpy_bit_for_bit(width: int) -> None:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_codes_and_scales_are_the_codecs_bit_for_bit(width: int, divisor: float, dtype: torch.dtype) -> None:
     values = torch.from_numpy(draw(width)).clamp(-6e4, 6e4).to(dtype)
+    before = values.clone()
     ours = quantise_on_device(values, divisor)
+    assert torch.equal(values, before), "what the model goes on with was changed"
     codes, scale = quantise(values.float().numpy(), divisor)
     assert np.array_equal(ours.codes.numpy(), codes)
     assert np.array_equal(ours.scale.numpy(), scale)
