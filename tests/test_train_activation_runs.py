@@ -1,6 +1,7 @@
 """Runs with every activation: what they log, that they resume exactly and can be evaluated; and refusals."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,13 @@ def test_k_falls_linearly() -> None:
         ({"bandwidth": 1.0}, {}, "--bandwidth: expected more than 0, with --activation jumprelu"),
         ({"activation": "groupmax"}, {"k_anneal_steps": 3}, "--k-anneal-steps: expected --activation topk"),
         ({}, {"auxk_alpha": -1.0}, "--auxk-alpha: expected at least 0"),
+        ({}, {"epochs": math.inf}, "--epochs: expected more than 0 and finite, found inf"),
+        ({}, {"lr": math.inf}, "--lr: expected more than 0 and finite, found inf"),
+        ({}, {"auxk_alpha": math.nan}, "--auxk-alpha: expected at least 0 and finite, found nan"),
+        ({"activation": "relu"}, {"sparsity_coeff": math.nan}, "--sparsity-coeff: expected at least 0"),
         ({}, {"steps": 0}, "--steps: expected at least 1, found 0"),
         ({}, {"tokens": 0}, "--tokens: expected at least 1, found 0"),
-        ({}, {"lr_warmup_steps": -1}, "--lr-warmup-steps: expected at least 0, found -1"),
+        ({}, {"lr_warmup_steps": -1}, "--lr-warmup-steps: expected at least 0 and finite, found -1"),
         ({}, {"dead_after_tokens": 0}, "--dead-after-tokens: expected at least 1"),
         ({}, {"compile": True}, "--compile is for --optimizer adam8; found adam"),
         ({"k": (3, 0, 1)}, {}, "--k: expected at least 1"),

@@ -81,6 +81,16 @@ def test_more_targets_and_layers_begin_as_the_run(caches: tuple[Path, Path], tmp
     assert "fresh: layers [1], 3 pairs of layers" in notes[0]
 
 
+def test_another_activation_is_told(caches: tuple[Path, Path], tmp_path: Path) -> None:
+    """Weights are kept, thresholds have no place; the user is told that codes will be others."""
+    jumps = {"activation": "jumprelu", "k": None}
+    old = configure(caches[0], tmp_path / "old", structure=jumps, sparsity_coeff=0.01)
+    train(old)
+    notes = start_from(begin(configure(caches[0], tmp_path / "new")), old.run)
+    assert any("activation is topk, and was jumprelu" in note and "thresholds" in note for note in notes)
+    assert not any("activation" in note for note in start_from(begin(old), old.run))
+
+
 @pytest.mark.parametrize("tie", ["source", "target"])
 def test_more_targets_of_tied_decoders_change_the_function_and_say_so(
     caches: tuple[Path, Path], tmp_path: Path, tie: str

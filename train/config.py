@@ -1,5 +1,6 @@
 """What a training run is told. Imports nothing heavy, so that `clt --help` stays quick."""
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -209,8 +210,9 @@ class TrainConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, found {value}")
         for name in ("epochs", "lr", "max_grad_norm", "stage_gb"):
-            if (value := getattr(self, name)) is not None and not value > 0:
-                raise ValueError(f"--{name.replace('_', '-')}: expected more than 0, found {value}")
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option}: expected more than 0 and finite, found {value}")
         if self.compile and self.optimizer != "adam8":
             raise ValueError(
                 f"--compile is for --optimizer adam8; found {self.optimizer}, which would gain nothing"
@@ -230,9 +232,11 @@ class TrainConfig:
         if self.k_anneal_steps and name not in ("topk", "batchtopk"):
             raise ValueError(f"--k-anneal-steps: expected --activation topk or batchtopk, found {name}")
         for option in NOT_NEGATIVE:
-            if (getattr(self, option) or 0) < 0:
+            if not 0 <= (getattr(self, option) or 0) < math.inf:
                 found = getattr(self, option)
-                raise ValueError(f"--{option.replace('_', '-')}: expected at least 0, found {found}")
+                raise ValueError(
+                    f"--{option.replace('_', '-')}: expected at least 0 and finite, found {found}"
+                )
 
     @property
     def step_tokens(self) -> int:

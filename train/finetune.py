@@ -87,6 +87,9 @@ def _notes(old: Shape, new: Shape, run: Path, other_statistics: bool) -> list[st
             f"--tie {new.tie}: {len(through_kept)} fresh pairs of layers use decoders that were kept, so "
             f"the transcoder does not begin as that of {run}"
         )
+    if old.activation != new.activation:
+        lost = "; its thresholds are not kept" if old.activation == "jumprelu" else ""
+        notes.append(f"activation is {new.activation}, and was {old.activation} in {run}{lost}")
     if old.k != new.k:
         notes.append(f"k is {new.k}, and was {old.k} in {run}")
     return notes
