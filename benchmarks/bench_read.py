@@ -195,8 +195,8 @@ def batches(setting: Setting) -> Read:
     def read(chunks: Array) -> None:
         for _ in range(len(chunks) * CHUNK // BATCH):
             reader.next(BATCH)
-        assert reader._ahead is not None
-        reader._ahead.result()  # nothing runs on beside the reader that is next
+        if reader._ahead is not None:
+            reader._ahead.result()  # nothing runs on beside the reader that is next
 
     return read
 
