@@ -55,10 +55,9 @@ def write_layer(folder: Path, pages: LayerPages, table: TokenTable, strings: Str
     for latent in range(n_latents):
         top = pages.chosen.of(latent)
         top = slice(top.start, top.start + int((pages.chosen.quantile[top] == TOP).sum()))
-        tokens = pages.chosen.token[top]
-        words = tokens[table.kind[tokens] != IMAGE]
+        words = _words_of(pages, top, table)
         labels.append(_label(words, table, strings))
-        pictures.append(len(tokens) - len(words))
+        pictures.append(int((table.kind[pages.chosen.token[top]] == IMAGE).sum()))
         largest[latent] = pages.chosen.value[top].max(initial=0)
     data = {
         "kinds": pages.by_kind.T.tolist(),
@@ -80,6 +79,22 @@ def write_pages(folder: Path, about: dict[str, Any]) -> None:
     for name in STATIC:
         source = Path(__file__).with_name(name.replace("index", "pages"))
         write_file(folder / name, source.read_bytes())
+
+
+def _words_of(pages: LayerPages, top: slice, table: TokenTable) -> npt.NDArray[np.int64]:
+    """Each example's token; of one on a patch the strongest other token of its sample, if there is any."""
+    words = []
+    for example in range(top.start, top.stop):
+        token = int(pages.chosen.token[example])
+        if table.kind[token] == IMAGE:
+            span = slice(*pages.activations.starts[example : example + 2].tolist())
+            active = pages.activations.token[span]
+            others = np.flatnonzero(table.kind[active] != IMAGE)
+            if not len(others):
+                continue
+            token = int(active[others[pages.activations.value[span][others].argmax()]])
+        words.append(token)
+    return np.array(words, np.int64)
 
 
 def _label(words: npt.NDArray[np.int64], table: TokenTable, strings: Strings) -> list[str]:

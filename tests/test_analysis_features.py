@@ -121,6 +121,13 @@ def test_lists_count_what_is_active(made: Made) -> None:
             expected = (dense[made.columns["kind"] == number] > 0).sum(axis=0)
             assert found["kinds"][number] == expected.tolist()
         np.testing.assert_allclose(found["max"], dense.max(axis=0), rtol=1e-3)
+        for latent in range(LATENTS):
+            strongest = dense[:, latent].argmax()
+            on_patch = made.columns["kind"][strongest] == KINDS.index("image")
+            assert found["pictures"][latent] >= on_patch
+            said = (dense[:, latent] > 0) & (made.columns["kind"] != KINDS.index("image"))
+            assert not found["label"][latent] or said.any()
+            assert on_patch or found["label"][latent]
     run = data(made.config.out, "run")
     assert list(run["tokens"].values()) == np.bincount(made.columns["kind"], minlength=4).tolist()
 
