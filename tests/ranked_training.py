@@ -51,7 +51,9 @@ def keep_traffic() -> None:
     measured = Meter.report
 
     def report(self: Meter, shape: Shape, config: TrainConfig, tokens: int, seconds: float) -> str | None:
-        rows = [each._asdict() | {"sent": each.sent._asdict()} for each in self.traffic(tokens, seconds)]
+        rows = []
+        if os.environ["WORLD_SIZE"] != "1":
+            rows = [each._asdict() | {"sent": each.sent._asdict()} for each in self.traffic(tokens, seconds)]
         if os.environ["RANK"] == "0":
             Path(f"{config.run}.traffic.json").write_text(json.dumps(rows))
         return measured(self, shape, config, tokens, seconds)

@@ -102,8 +102,11 @@ def require_same(one: Path, many: Path, rtol: float) -> None:
             assert found[name] == pytest.approx(expected[name], rel=100 * rtol, abs=1e-12), (many, name)
 
 
+LOSSES = {"auxk_alpha": "auxk", "dead_latent_penalty": "dead_latents", "sparsity_coeff": "sparsity"}
+MANY_DEAD = {"latents": 300, "k": 2}
+REVIVE = {"auxk_alpha": 0.1, "dead_latent_penalty": 0.1}
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "dead latents": (2, 5, {"auxk_alpha": 0.1, "dead_latent_penalty": 0.1, "grad_acc_steps": 2}),
+    "dead latents": (2, 5, {**REVIVE, "grad_acc_steps": 2, "structure": MANY_DEAD}),
     "tied by target": (3, 5, {"structure": {"tie": "target", "activation": "groupmax"}, "optimizer": "muon"}),
     "replicas": (4, 3, {"structure": {"activation": "batchtopk", "tie": "source"}, "fvu_variance": "batch"}),
 }
@@ -119,15 +122,15 @@ MORE: dict[str, tuple[int, int, dict[str, Any]]] = {
         3,
         5,
         {
-            "structure": {"activation": "jumprelu", "tie": "source"},
+            "structure": {"activation": "jumprelu", "tie": "source", "latents": 300},
             "sparsity_coeff": 0.01,
             "dead_latent_penalty": 0.1,
             "fvu_variance": "batch",
         },
     ),
     "own layers": (4, 5, {"structure": {"n_targets": 1}}),
-    "four": (4, 5, {"auxk_alpha": 0.1, "max_grad_norm": 0.05, "save_best": True, "save_every": 20}),
-    "six": (6, 3, {"auxk_alpha": 0.1, "dead_latent_penalty": 0.1, "structure": {"skip_connection": True}}),
+    "four": (4, 5, {**REVIVE, "max_grad_norm": 0.05, "save_best": True, "structure": MANY_DEAD}),
+    "six": (6, 3, {**REVIVE, "structure": {**MANY_DEAD, "skip_connection": True}}),
     "replicas, relu": (4, 3, {"structure": {"activation": "relu", "tie": "source"}, "sparsity_coeff": 0.01}),
     "replicas, jumprelu": (4, 3, {"structure": {"activation": "jumprelu"}, "sparsity_coeff": 0.01}),
     "five replicas": (5, 3, {"structure": {"activation": "groupmax"}, "optimizer": "muon", "tokens": 185}),
@@ -163,11 +166,31 @@ def test_weights_of_many_ranks_are_those_of_one(caches: dict[int, Path], tmp_pat
 def test_weights_of_many_ranks_are_those_of_one_in_every_case(
     caches: dict[int, Path], tmp_path: Path
 ) -> None:
-    """Shares without a token (three tokens for five replicas) are among them."""
+    """Shares without a token are among them (two tokens for five replicas), and fresh starts from other runs.
+
+    What four ranks saved, as shards or as replicas, goes on with one, two and three.
+    """
     jobs, pairs = prepared(caches, tmp_path, MORE)
+    cases = dict(zip(MORE, pairs, strict=True))
+    four, replicas = cases["four"][1], cases["replicas, relu"][1]
+    cut = [(3, four), (1, four), (3, replicas), (2, replicas)]
+    gone_on = [replace(config, run=tmp_path / f"cut-{n}") for n, (_, config) in enumerate(cut)]
+    for (world, whole), config in zip(cut, gone_on, strict=True):
+        jobs.append(job(world, config, copy=[str(whole.run), "step-00000020"], resume=True))
+    for tie in ("none", "source"):
+        structure = {"n_targets": 4, "tie": tie}
+        start_from = cases["tied"][0].run if tie == "source" else cases["offload"][0].run
+        structure["skip_connection"] = True
+        one = configure(caches[5], tmp_path / f"fine-{tie}", finetune=start_from, structure=structure)
+        many = replace(one, run=tmp_path / f"fine-{tie}-many")
+        train(one)
+        jobs.append(job(3, many))
+        pairs.append((one, many))
     run_ranks(tmp_path, jobs)
     require_all_same(pairs)
-    for name, (_, many) in zip(MORE, pairs, strict=True):
+    for (_, whole), config in zip(cut, gone_on, strict=True):
+        require_same(whole.run, config.run, 1e-9)
+    for name, (_, many) in cases.items():
         if name in ("tied", "float32", "own layers", "five replicas"):
             require_traffic(many, world=MORE[name][0])
 
@@ -212,6 +235,8 @@ def prepared(
 
 def require_all_same(pairs: list[tuple[TrainConfig, TrainConfig]]) -> None:
     for one, many in pairs:
+        for option, loss in LOSSES.items():  # or there is nothing to compare
+            assert not getattr(one, option) or max(line[loss] for line in lines(one.run)) > 0, one.run
         require_same(one.run, many.run, {"float64": 1e-9, "float32": 1e-3, "bfloat16": 2e-2}[one.dtype])
         places = [json.loads((checkpoint_folder(c.run) / "trainer.json").read_text()) for c in (one, many)]
         assert places[0].pop("held_out_fvu") == pytest.approx(places[1].pop("held_out_fvu"))

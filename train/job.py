@@ -70,6 +70,8 @@ class Job:
         """Meet the others; CUDA tensors go through NCCL, all others through gloo."""
         cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
         self._watch.start()
+        if cuda:
+            torch.cuda.set_device(local_rank())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=self._group,
