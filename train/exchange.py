@@ -109,34 +109,31 @@ class RankExchange(Exchange):
         self._from = {shard: [s for s in wanted[mesh.shard] if mesh.owners[s] == shard] for shard in others}
 
     def codes(self, codes: Sequence[dict[int, Codes]], tokens: Sequence[int]) -> None:
-        header = torch.zeros(len(codes), self.shape.n_layers, 2, dtype=torch.int64)
-        for number, part in enumerate(codes):
-            for source, own in part.items():
-                header[number, source] = torch.tensor(
-                    [len(own.values), -1 if own.width is None else own.width]
-                )
-        lengths, widths = self.sum_shards(header).unbind(dim=2)
+        lengths, widths = self._sizes(codes)
         example = next(iter(codes[0].values()))
         narrow = torch.int16 if self.shape.n_latents <= NARROW else torch.int32
         outgoing = {shard: [part[s] for part in codes for s in own] for shard, own in self._to.items()}
-        incoming = {
-            shard: [(n, s) for n in range(len(codes)) for s in its] for shard, its in self._from.items()
-        }
+        numbers = range(len(codes))
+        incoming = {shard: [(n, s) for n in numbers for s in its] for shard, its in self._from.items()}
         sizes = {shard: [int(lengths[place]) for place in places] for shard, places in incoming.items()}
-        values = self._swap(
-            "codes", {d: [c.values for c in out] for d, out in outgoing.items()}, sizes, example.values
-        )
-        columns = self._swap(
-            "codes",
-            {d: [c.columns.to(narrow) for c in out] for d, out in outgoing.items()},
-            sizes,
-            example.columns.to(narrow),
-        )
+        out = {shard: [each.values for each in its] for shard, its in outgoing.items()}
+        values = self._swap("codes", out, sizes, example.values)
+        out = {shard: [each.columns.to(narrow) for each in its] for shard, its in outgoing.items()}
+        columns = self._swap("codes", out, sizes, example.columns.to(narrow))
         starts = self._starts(outgoing, incoming, widths, tokens, example.starts)
         for shard, places in incoming.items():
-            for nth, (number, source) in enumerate(places):
-                found = values[shard][nth], columns[shard][nth].int()
-                codes[number][source] = Codes(starts[shard][nth], found[1], found[0], self.shape.n_latents)
+            for place, *found in zip(places, starts[shard], columns[shard], values[shard], strict=True):
+                codes[place[0]][place[1]] = Codes(found[0], found[1].int(), found[2], self.shape.n_latents)
+
+    def _sizes(self, codes: Sequence[dict[int, Codes]]) -> tuple[Tensor, Tensor]:
+        """(micro-batch, source): how many codes of all tokens, and of each, -1 where tokens differ in it."""
+        sizes = torch.zeros(2, len(codes), self.shape.n_layers, dtype=torch.int64)
+        for number, part in enumerate(codes):
+            for source, own in part.items():
+                sizes[0, number, source] = len(own.values)
+                sizes[1, number, source] = -1 if own.width is None else own.width
+        lengths, widths = self.sum_shards(sizes)
+        return lengths, widths
 
     def _starts(
         self,

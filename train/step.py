@@ -10,24 +10,21 @@ Where layers are spread over processes, each does this for its own, and between 
 their gradients go to who needs them (`exchange`).
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from types import EllipsisType
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .activation import through_relu
+from .decoder_grads import Apply, DecoderGrads, Room
 from .exchange import ALONE, Exchange, sum_in_order
 from .losses import Extras, Penalties, auxk_width, dead_codes
+from .micro_batch import MicroBatch
 from .placement import ON_DEVICE, Placement
 from .reader import Batch
 from .sparse import Codes
-from .transcoder import CrossLayerTranscoder, Term
-
-Apply = Callable[[str, int, dict[str, Tensor]], None]
-"""Told (kind of layer: "decoder" or "encoder", its place, gradients by parameter) once these are final."""
-
+from .transcoder import CrossLayerTranscoder
 
 NOTHING = Extras()
 
@@ -49,28 +46,6 @@ class StepResult(NamedTuple):
     @property
     def loss(self) -> Tensor:
         return torch.stack([self.fvu.sum(), *self.extra.values()]).sum()
-
-
-class _MicroBatch:
-    """Values of one micro-batch, made from stored numbers when asked, and its codes by source."""
-
-    def __init__(self, model: CrossLayerTranscoder, batch: Batch) -> None:
-        self.model, self.batch = model, batch
-        self.codes: dict[int, Codes] = {}
-        self.code_grads: dict[int, Tensor] = {}
-        self.dead_codes: dict[int, Codes] = {}
-        """AuxK's"""
-        self.dead_code_grads: dict[int, Tensor] = {}
-
-    def inputs(self, layer: int) -> Tensor:
-        mean = self.model.inputs.mean
-        return self.model.inputs.apply_to(self.batch.values("mlp_in", layer, mean.device, mean.dtype), layer)
-
-    def targets(self, layer: int) -> Tensor:
-        mean = self.model.outputs.mean
-        return self.model.outputs.apply_to(
-            self.batch.values("mlp_out", layer, mean.device, mean.dtype), layer
-        )
 
 
 @torch.no_grad()
@@ -95,13 +70,13 @@ def train_step(
         _encode(step, source, extras, penalties)
     step.exchange_codes()
     penalties.exchange_norm_grads()
-    room = _Room(model)
+    room = Room(model)
 
     def final(side: str, layer: int, grads: dict[str, Tensor]) -> None:
         sum_in_order(exchange, grads.values())
         apply(side, layer, grads)
 
-    decoders = _DecoderGrads(step, final, penalties, room, placement)
+    decoders = DecoderGrads(model, exchange, final, penalties, room, placement)
     errors = {target: _target(step, target, decoders, auxk) for target in model.own}
     decoders.finish_shared()
     step.exchange_code_grads()
@@ -118,7 +93,7 @@ class _Step:
         self, model: CrossLayerTranscoder, batches: Sequence[Batch], variance: str, exchange: Exchange
     ) -> None:
         self.model, self.variance, self.exchange = model, variance, exchange
-        self.parts = [_MicroBatch(model, batch) for batch in batches]
+        self.parts = [MicroBatch(model, batch) for batch in batches]
         self.n_tokens = sum(len(batch.all_tokens) for batch in batches)
         """Of all replicas"""
 
@@ -162,106 +137,7 @@ class _Step:
         return StepResult(fvu, fired.sum(dim=1) / self.n_tokens, fired, square_error, extra)
 
 
-class _Room:
-    """Memory for gradients, used again and again: on a CPU new pages cost more than the products."""
-
-    def __init__(self, model: CrossLayerTranscoder) -> None:
-        self.largest = max(weight.numel() for weight in (*model.W_dec, *model.W_enc))
-        self.free: list[Tensor] = []
-        self.dtype = model.inputs.mean.dtype
-
-    def take(self, weight: Tensor) -> Tensor:
-        """Room for the gradient of a weight; what is in it has no meaning."""
-        flat = self.free.pop() if self.free else weight.new_empty(self.largest, dtype=self.dtype)
-        return flat[: weight.numel()].view_as(weight)
-
-    def give_back(self, grad: Tensor) -> None:
-        self.free.append(grad.new_empty(0).set_(grad.untyped_storage()))
-
-
-class _DecoderGrads:
-    """Gradients of the decoders that later targets still add to."""
-
-    def __init__(
-        self, step: _Step, apply: Apply, penalties: Penalties, room: _Room, placement: Placement
-    ) -> None:
-        self.model, self.exchange, self.placement = step.model, step.exchange, placement
-        self.apply, self.penalties, self.room = apply, penalties, room
-        self.held: dict[int, dict[str, Tensor]] = {}
-        self.written: set[tuple[int, int | EllipsisType]] = set()
-
-    def begin(self, target: int) -> None:
-        self.placement.begin(target)
-        names = self.model.names("decoder")
-        own = {name: torch.zeros_like(getattr(self.model, name)[target]) for name in names[1:]}
-        self.held[target] = own | self.held.get(target, {})
-        for source in self.model.shape.sources(target):
-            layer, _ = self.model.shape.decoder_place(source, target)
-            if "W_dec" not in self.held.setdefault(layer, {}):
-                self.held[layer]["W_dec"] = self.room.take(self.model.W_dec[layer])
-
-    def add(self, target: int, part: _MicroBatch, grad: Tensor, terms: list[Term]) -> None:
-        """One micro-batch's, and its codes', from `grad` (token, d_model) of the standardised output."""
-        mine = self.held[target]
-        mine["b_dec"] += grad.sum(dim=0)
-        if self.model.shape.skip:
-            mine["W_skip"].addmm_(grad.T, part.inputs(target))
-        self.add_terms(grad, terms, part.codes, part.code_grads)
-
-    def add_terms(
-        self, grad: Tensor, terms: list[Term], codes: dict[int, Codes], code_grads: dict[int, Tensor]
-    ) -> None:
-        """Those of W_dec, and of each source's codes."""
-        for term in terms:
-            place, weight = (term.layer, term.slot), self.model.term_weight(term)
-            whole, add = self.held[term.layer]["W_dec"][term.slot], place in self.written
-            grad = grad.to(weight.dtype)  # bfloat16 rows, where kernels read them
-            if len(term.sources) == 1:
-                source = term.sources[0]
-                codes[source].gradients(grad, weight, whole, code_grads[source], add=add)
-            else:
-                for source, part in zip(
-                    term.sources, term.merged.gradients(grad, weight, whole, add=add), strict=True
-                ):
-                    code_grads[source] += part
-            self.written.add(place)
-
-    def finish(self, target: int) -> None:
-        """Hand over those that no target after this one adds to."""
-        for source in self.model.shape.sources(target):
-            penalty = self.penalties.decoder_grad(source, self.model.decoder(source, target))
-            if penalty is not None:
-                layer, slot = self.model.shape.decoder_place(source, target)
-                self.held[layer]["W_dec"][slot] += penalty
-        for layer in [held for held in self.held if self.model.shape.last_target(held) == target]:
-            if layer not in self.exchange.shared:
-                self._hand_over(layer)
-
-    def finish_shared(self) -> None:
-        """Decoders that several ranks use: gradients go to the owner, and its new weights to the others."""
-        for layer, users in self.exchange.shared.items():
-            weight = self.model.W_dec[layer].data
-            if layer in self.model.own:
-                total = self.held[layer]["W_dec"]
-                for shard in users:
-                    total += self.exchange.received(total, shard)
-                self._hand_over(layer)
-                for shard in users:
-                    self.exchange.send(weight, shard)
-            elif layer in self.held:
-                grad = self.held.pop(layer)["W_dec"]
-                self.exchange.send(grad, self.exchange.owner(layer))
-                self.room.give_back(grad)
-                weight.copy_(self.exchange.received(weight, self.exchange.owner(layer)))
-
-    def _hand_over(self, layer: int) -> None:
-        grads = self.held.pop(layer)
-        self.apply("decoder", layer, grads)
-        self.placement.end(layer)
-        self.room.give_back(grads["W_dec"])
-
-
-def _target(step: _Step, target: int, decoders: _DecoderGrads, auxk: "_AuxK") -> tuple[Tensor, Tensor]:
+def _target(step: _Step, target: int, decoders: DecoderGrads, auxk: "_AuxK") -> tuple[Tensor, Tensor]:
     """Decode one target, use up its gradients, and add what it wants of its sources' codes.
 
     Its FVU, and the squared error of each token.
@@ -292,7 +168,7 @@ class _AuxK:
         self.values = {"auxk": model.inputs.mean.new_zeros(())} if self.weight else {}
 
     def add(
-        self, part: _MicroBatch, target: int, error: Tensor, scale: Tensor, decoders: _DecoderGrads
+        self, part: MicroBatch, target: int, error: Tensor, scale: Tensor, decoders: DecoderGrads
     ) -> None:
         """One micro-batch's. error (token, d_model): prediction minus truth, fixed; scale: 1 / variance."""
         if not part.dead_codes:
@@ -330,7 +206,7 @@ def _encode(step: _Step, source: int, extras: Extras, penalties: Penalties) -> N
         part.code_grads[source] = penalties.of_codes(source, codes)
 
 
-def _source(step: _Step, source: int, penalties: Penalties, apply: Apply, room: _Room) -> None:
+def _source(step: _Step, source: int, penalties: Penalties, apply: Apply, room: Room) -> None:
     """One backward pass of one encoder, from the summed gradient of its codes."""
     model, parts = step.model, step.parts
     grads = {name: torch.zeros_like(getattr(model, name)[source]) for name in model.names("encoder")[1:]}
@@ -354,7 +230,7 @@ def _source(step: _Step, source: int, penalties: Penalties, apply: Apply, room: 
     room.give_back(grads["W_enc"])
 
 
-def _fired(parts: list[_MicroBatch], source: int) -> Tensor:
+def _fired(parts: list[MicroBatch], source: int) -> Tensor:
     codes = [part.codes[source] for part in parts]
     positive = torch.cat([each.columns[each.values > 0] for each in codes])
     return torch.bincount(positive, minlength=codes[0].n_latents)
