@@ -9,7 +9,9 @@ another run; or {"world": 2, "argv": ["train", ...]}, as it is typed. Prints the
 import json
 import os
 import shutil
+import signal
 import sys
+import time
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,19 @@ def copy_run(run: str, step: str, to: str) -> None:
     (Path(to) / "latest").write_text(step)
 
 
+def host_store() -> tuple[int, int]:
+    """Process and port of a store that outlives the ranks, as torchrun's does; here no thread may run."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writing, str(store.port).encode())
+        while os.getppid() != 1:
+            time.sleep(1)
+        os._exit(0)
+    return child, int(os.read(reading, 10))
+
+
 def fork(rank: int, jobs: list[dict[str, Any]]) -> int:
     child = os.fork()
     if child == 0:
@@ -85,15 +100,18 @@ def fork(rank: int, jobs: list[dict[str, Any]]) -> int:
 
 
 def main(jobs: list[dict[str, Any]]) -> None:
-    stores = []  # as torchrun has one, which outlives the ranks
+    stores = []
     for number, job in enumerate(jobs):
-        stores.append(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-        job |= {"port": stores[-1].port, "number": number if "argv" in job else -1}
+        process, port = host_store()
+        stores.append(process)
+        job |= {"port": port, "number": number if "argv" in job else -1}
     for (world, _), group in groupby(jobs, key=lambda job: (job["world"], job["number"])):
         mine = list(group)
         children = [fork(rank, mine) for rank in range(world)]
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         print(json.dumps(codes), flush=True)
+    for process in stores:
+        os.kill(process, signal.SIGKILL)
 
 
 if __name__ == "__main__":
