@@ -13,7 +13,7 @@ Memory: `window.memory` states the bound, three windows and two shards for each 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -56,7 +56,10 @@ class CacheWriter:
         rank: int = 0,
         threads: int = 2,
         max_tokens: int | None = None,
+        after_commit: Callable[[], None] = lambda: None,
     ) -> None:
+        """after_commit: called by the committing thread; while it waits, the next window does."""
+        self._after_commit = after_commit
         self.folder, self.manifest, self.rank, self.max_tokens = folder, manifest, rank, max_tokens
         self.bytes_written = 0
         """Bytes of the files that this process committed."""
@@ -262,6 +265,7 @@ class CacheWriter:
         self.committed_here += window.tokens
         self._streams[split].committed += window.tokens
         self._documents.refresh()
+        self._after_commit()
         self._free.append(window.clear())
 
     def _write_window(self, split: str, number: int, window: Window) -> Iterator[tuple[str, FileEntry]]:

@@ -17,7 +17,7 @@ def harvest_command(
     dataset: Annotated[
         str, typer.Argument(help=".jsonl, .json or .parquet file, folder of datasets, or hub name")
     ],
-    cache: Annotated[Path, typer.Argument(help="folder to write; run again to go on where it stopped")],
+    cache: Annotated[Path, typer.Argument(help="folder, or s3://bucket/folder; run again to go on")],
     tokens: Annotated[
         int | None, typer.Option(help="stop after this many stored tokens of split train")
     ] = None,
@@ -69,6 +69,10 @@ def harvest_command(
     max_bad_fraction: Annotated[
         float, typer.Option(help="stop when more samples than this share are bad")
     ] = 0.05,
+    stage_dir: Annotated[
+        Path | None, typer.Option(help="for a cache on a store: where windows wait [default: staged]")
+    ] = None,
+    stage_gb: Annotated[float, typer.Option(help="room for them, in GB")] = 100.0,
     rank: Annotated[int | None, typer.Option(help="this process [default: torchrun's]")] = None,
     world_size: Annotated[
         int | None, typer.Option(help="processes that write one cache [default: torchrun's]")

@@ -77,6 +77,12 @@ class HarvestConfig:
     """skip: list it in rejected.jsonl and go on; fail: stop."""
     max_bad_fraction: float = 0.05
     """Stop when more samples than this share are bad."""
+    stage_dir: Path | None = None
+    """Where windows wait that go up to a store; None: `staged`"""
+    stage_gb: float = 100.0
+    """Room for them, in 1e9 bytes"""
+    uploads: bool = False
+    """The cache's folder is such a place"""
     rank: int = 0
     """This process, of world_size that write one cache."""
     world_size: int = 1

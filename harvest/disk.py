@@ -25,6 +25,8 @@ def check_disk(config: HarvestConfig, manifest: Manifest, rows: Rows, model: Loa
     cache = open_cache(config.cache, check=False)
     missing = expected_tokens(config, manifest, rows, model) - sum(len(cache[split]) for split in SPLITS)
     needed = int(RESERVE * manifest.bytes_per_token * max(0, missing))
+    if config.uploads:
+        needed = min(needed, int(config.stage_gb * 1e9) + 2 * manifest.window * manifest.bytes_per_token)
     free = shutil.disk_usage(config.cache).free
     if needed > free:
         raise ValueError(

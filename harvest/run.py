@@ -5,9 +5,9 @@ outbox's thread hands what came out to the writer, whose own threads quantise, e
 """
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,9 @@ from ..cache_format import CacheWriter, open_cache
 from ..cache_format.layout import SPLITS, parse_layers
 from ..cache_format.window import Values
 from ..progress import Progress
+from ..remote.address import remote_address
+from ..remote.staging import folder_name
+from ..remote.uploading import Upload
 from ..stopping import StopRequested
 from ..stopwatch import Stopwatch
 from .batches import POOL_BATCHES, pack
@@ -86,11 +89,25 @@ def harvest(config: HarvestConfig) -> HarvestReport:
     """Run the model over the dataset and store what its MLPs read and wrote."""
     rows = open_rows(config.dataset, config.split)
     say_columns(rows, config)
-    return harvest_rows(config, rows, load_model(config))
+    model = load_model(config)
+    address = remote_address(config.cache)
+    if address is None:
+        return harvest_rows(config, rows, model)
+    folder = (config.stage_dir or Path("staged")) / folder_name(address)
+    local = replace(config, cache=folder, uploads=True)
+    with Upload(address, folder, config.rank, int(config.stage_gb * 1e9)) as upload:
+        report = harvest_rows(local, rows, model, upload.wait_for_room)
+        upload.finish()
+    return report
 
 
-def harvest_rows(config: HarvestConfig, rows: Rows, model: LoadedModel) -> HarvestReport:
-    """As `harvest`, of what is open and loaded."""
+def harvest_rows(
+    config: HarvestConfig,
+    rows: Rows,
+    model: LoadedModel,
+    after_commit: Callable[[], None] = lambda: None,
+) -> HarvestReport:
+    """As `harvest`, of what is open and loaded, into a folder."""
     hookpoints = find_hookpoints(model, config.mlp, config.input_site)
     layers = parse_layers(config.layers, tuple(range(model.n_layers)))
     manifest = describe(config, model, rows, hookpoints, layers)
@@ -98,7 +115,14 @@ def harvest_rows(config: HarvestConfig, rows: Rows, model: LoadedModel) -> Harve
     watch = Stopwatch()
     with ExitStack() as stack:
         writer = stack.enter_context(
-            CacheWriter(config.cache, manifest, rank=config.rank, threads=writer_threads(), max_tokens=wanted)
+            CacheWriter(
+                config.cache,
+                manifest,
+                rank=config.rank,
+                threads=writer_threads(),
+                max_tokens=wanted,
+                after_commit=after_commit,
+            )
         )
         if not writer.complete:
             check_disk(config, manifest, rows, model)

@@ -39,7 +39,7 @@ class Stage:
         self.bound = bound
         self.stores = [Store(address) if (address := remote_address(name)) else None for name in names]
         self.folders = [
-            folder / _slug(store.address) if store else name
+            folder / folder_name(store.address) if store else name
             for name, store in zip(names, self.stores, strict=True)
         ]
         self.caches = [self._begin(number) for number in range(len(names))]
@@ -159,6 +159,6 @@ def _tables(cache: Cache, entry: WindowEntry) -> list[str]:
     return wanted
 
 
-def _slug(address: str) -> str:
+def folder_name(address: str) -> str:
     """A folder's name for an address."""
     return f"{address.rpartition('/')[2]}-{hashlib.blake2b(address.encode(), digest_size=4).hexdigest()}"

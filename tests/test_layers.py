@@ -7,14 +7,16 @@ import pytest
 
 RULES = [
     ("clt.cache_format", ["torch", "transformers", "datasets", "clt.harvest", "clt.train"]),
-    ("clt.harvest.run", ["clt.train", "clt.analysis", "clt.export"]),
+    ("clt.harvest.run", ["obstore", "clt.train", "clt.analysis", "clt.export"]),
     (
         "clt.train.loop",
-        ["wandb", "transformers", "datasets", "PIL", "clt.harvest", "clt.analysis", "clt.export"],
+        ["wandb", "obstore", "transformers", "datasets", "PIL", "clt.harvest", "clt.analysis", "clt.export"],
     ),
     ("clt.train.evaluate", ["wandb", "transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.train.checkpoint", ["wandb", "transformers", "datasets", "PIL", "clt.harvest"]),
     ("clt.export.run", ["transformers", "datasets", "PIL", "clt.harvest"]),
+    ("clt.remote.staging", ["torch", "transformers", "datasets", "obstore", "clt.harvest", "clt.train"]),
+    ("clt.remote.uploading", ["torch", "transformers", "datasets", "obstore", "clt.harvest", "clt.train"]),
     ("clt.remote.copying", ["torch", "transformers", "datasets", "obstore", "clt.harvest", "clt.train"]),
     ("clt.planning.prediction", ["torch", "transformers", "datasets", "clt.harvest"]),
     ("clt.analysis.features", ["wandb", "transformers", "datasets"]),
