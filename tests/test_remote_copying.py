@@ -204,6 +204,61 @@ def test_plain_http_is_a_source(make_cache: Make, tmp_path: Path) -> None:
     assert files(tmp_path / "back") == tiny.files()
 
 
+def test_a_hugging_face_dataset_is_a_source(
+    make_cache: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files lie at /datasets/USER/NAME/resolve/REVISION/ and lead elsewhere; the token goes along."""
+    import threading
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    from huggingface_hub import constants
+
+    tiny, tokens = make_cache(), set()
+
+    class Hub(SimpleHTTPRequestHandler):
+        def send_head(self) -> object:
+            prefix = "/datasets/someone/caches/resolve/v2/sub/"
+            if self.path.startswith(prefix):
+                tokens.add(self.headers.get("Authorization"))
+                self.send_response(302)
+                self.send_header("Location", "/cdn/" + self.path.removeprefix(prefix))
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return None
+            self.path = self.path.removeprefix("/cdn")
+            return super().send_head()
+
+        def log_message(self, *what: object) -> None:
+            pass
+
+    def serve(*arguments: object) -> Hub:
+        return Hub(*arguments, directory=str(tiny.path))
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("HF_TOKEN", "hf_something")
+        store = Store("hf://datasets/someone/caches@v2/sub", QUICK)
+        copy_cache(store, Folder(tmp_path / "back"))
+        server.shutdown()
+    assert files(tmp_path / "back") == tiny.files()
+    assert tokens == {"Bearer hf_something"}
+
+
+def test_a_snapshot_of_links_is_a_cache(make_cache: Make, tmp_path: Path) -> None:
+    """As huggingface_hub keeps downloads: names that lead to blobs."""
+    tiny, snapshot = make_cache(), tmp_path / "snapshot"
+    (tmp_path / "blobs").mkdir()
+    for number, (name, data) in enumerate(tiny.files().items()):
+        blob = tmp_path / "blobs" / str(number)
+        blob.write_bytes(data)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blob)
+    assert not verify_cache(snapshot, full=True)
+    copy_cache(Folder(snapshot), Folder(tmp_path / "copy"))
+    assert files(tmp_path / "copy") == tiny.files()
+
+
 def test_addresses() -> None:
     for text, expected in (
         ("s3://bucket/a/b/", "s3://bucket/a/b"),
