@@ -81,7 +81,8 @@ class Run:
         state = restore_training(checkpoint_folder(self.config.run), self.model, self.optimizer)
         self.step, self.tokens, self.dead.since = state.step, state.tokens, state.tokens_since_fired
         self.firing.restore(state.firing)
-        name_best(self.config.run)
+        if self.exchange.first:
+            name_best(self.config.run)
         return state.reader
 
     def __enter__(self) -> "Run":
