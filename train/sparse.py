@@ -2,7 +2,8 @@
 
 With A (token, latent) the codes as a matrix: decode A @ W; weight gradient A^T @ G; code gradient (G W^T)
 at A's places. Each is done with sparse matrices in CSR form, whose transpose is built once for a source
-and serves all its targets; cost grows with the number of codes, not with the number of latents.
+and serves all its targets; cost grows with the number of codes, not with the number of latents. Narrow rows
+are summed as bags instead.
 """
 
 import warnings
@@ -13,10 +14,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 with warnings.catch_warnings():  # torch says once a process that CSR is in beta; nobody can act on it
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor([0, 1], [0], [0.0], (1, 1), check_invariants=False)
+
+NARROW = 1024
+"""Rows of up to so many values are summed faster by torch's embedding_bag than by a CSR product."""
 
 
 class Codes:
@@ -198,4 +203,8 @@ def _product(matrix: Tensor, dense: Tensor, out: Tensor | None, add: bool) -> Te
 
         sum_rows(matrix.crow_indices(), matrix.col_indices(), matrix.values(), dense, out, add=add)
         return out
+    if dense.shape[1] <= NARROW and not dense.is_cuda and matrix.col_indices().numel():
+        starts, columns, values = matrix.crow_indices(), matrix.col_indices(), matrix.values()
+        sums = embedding_bag(columns, dense, starts[:-1], per_sample_weights=values, mode="sum")
+        return out.add_(sums) if add else out.copy_(sums)
     return torch.addmm(out, matrix, dense, beta=float(add), out=out)
