@@ -11,7 +11,7 @@ from clt.train import sparse
 
 KINDS = {
     "matrix products": ("aten::addmm", "aten::mm"),
-    "sparse products": ("aten::sparse_sampled_addmm", "aten::_embedding_bag_forward_only"),
+    "sparse products": ("aten::sparse_sampled_addmm", "aten::embedding_bag"),
     "top-k": ("aten::topk",),
     "optimiser": ("aten::_fused_adam_",),
 }
