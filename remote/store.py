@@ -6,6 +6,7 @@ module's. A body that ends early, or is not what the journal says, counts as som
 
 import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class Patience(NamedTuple):
 
 
 PATIENCE = Patience()
+SAID_AT = 3
+"""Attempts after which the user is told that there are more."""
 
 
 class MissingError(CacheError):
@@ -115,6 +118,8 @@ class Store:
         errors = _errors()
         fault: Exception | None = None
         for attempt in range(self._patience.attempts):
+            if attempt == SAID_AT:
+                print(f"{self.address}: {verb} of {name} fails ({_first(fault)}); trying on", file=sys.stderr)
             if attempt:
                 wait = min(self._patience.longest_wait, self._patience.first_wait * 2 ** (attempt - 1))
                 time.sleep(wait * (0.5 + random.random() / 2))
@@ -188,6 +193,6 @@ def _errors() -> Any:
     return exceptions
 
 
-def _first(fault: BaseException) -> str:
+def _first(fault: BaseException | None) -> str:
     """The first line of an error that has many."""
     return str(fault).strip().partition("\n")[0][:300]

@@ -106,11 +106,12 @@ def test_an_object_that_stays_damaged_is_named(
 
 
 def test_a_store_that_stays_away_is_told_in_one_line(
-    make_cache: Make, proxy: Proxy, address: str, tmp_path: Path
+    make_cache: Make, proxy: Proxy, address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proxy.begin(lambda method, path, nth: "unavailable")
     with pytest.raises(UnreachableError, match=r"could not list .* in 6 attempts"):
         copy_cache(Folder(make_cache().path), Store(address, QUICK))
+    assert "fails (" in capsys.readouterr().err
     proxy.begin()
     with pytest.raises(CacheError, match=r"has no object zarr\.json; expected a cache there"):
         copy_cache(Store(address, QUICK), Folder(tmp_path / "back"))
