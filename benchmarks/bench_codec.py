@@ -186,7 +186,7 @@ def stepwise(
     def quantise(values: Array) -> tuple[Array, ...]:
         blocks = values.reshape(len(values), -1, block or values.shape[1])
         wanted = np.maximum(step(blocks), np.abs(blocks).max(axis=2) / np.float32(127))
-        scale = codec._round_up_to_half(wanted)
+        scale, _ = codec._round_up_to_half(wanted)
         codes = np.rint(blocks / np.maximum(scale, np.float16(1e-7)).astype(np.float32)[..., None])
         return codes.astype(np.int8).reshape(values.shape), scale
 

@@ -140,8 +140,8 @@ class Window:
             steps = quantise_slab(true, self.manifest.step_divisor, codes, scale)
         except CacheError as fault:
             raise self._fault(site, index, fault) from None
-        area = np.square(scale, dtype=np.float64)
-        self._peak[site][index, at] = (steps.peak * scale).max(axis=1)
+        area = np.square(steps.step, dtype=np.float64)
+        self._peak[site][index, at] = (steps.peak * steps.step).max(axis=1)
         self._square[site][index, at] = _squares(steps.rounded, area)
         lost = np.subtract(steps.rounded, steps.exact, out=steps.exact)
         self._noise[site][index, at] = _squares(lost, area)
