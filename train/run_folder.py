@@ -1,11 +1,13 @@
 """A run's folder: begun once, with the settings that a resumed run must agree with."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from ..cache_format.files import write_file
 from .checkpoint import LATEST
-from .config import TrainConfig, config_from_json
+from .config import TrainConfig, TranscoderConfig, config_from_json
 
 FREE_TO_CHANGE = (
     "save_every",
@@ -29,7 +31,7 @@ def begin_run(config: TrainConfig, resume: bool) -> bool:
     if resume:
         if not path.exists():
             raise ValueError(f"{config.run} holds no run to resume; leave out --resume to begin one")
-        there, now = json.loads(path.read_text()), config.to_json()
+        there, now = _parse_settings(path), config.to_json()
         differing = [
             f"{name}: {there.get(name)!r} -> {now[name]!r}"
             for name in now
@@ -53,4 +55,23 @@ def load_config(run: Path) -> TrainConfig:
     path = run / "config.json"
     if not path.exists():
         raise ValueError(f"{run} is no run: expected a file config.json in it, found none")
-    return config_from_json(json.loads(path.read_text()))
+    return config_from_json(_parse_settings(path))
+
+
+def _parse_settings(path: Path) -> dict[str, Any]:
+    """config.json as it was written; ValueError where this version would not have written these fields."""
+    try:
+        data = json.loads(path.read_text())
+        structure = data["transcoder"]
+        found = {*data} | {f"transcoder.{name}" for name in structure}
+    except (ValueError, TypeError, KeyError) as fault:
+        raise ValueError(f"{path}: expected the settings of a run, found none: {fault!r}") from None
+    expected = {field.name for field in fields(TrainConfig)}
+    expected |= {f"transcoder.{field.name}" for field in fields(TranscoderConfig)}
+    if found != expected:
+        raise ValueError(
+            f"{path} is of another version of clt: missing {sorted(expected - found)}, unknown "
+            f"{sorted(found - expected)}; use the version that trained it, or train it again"
+        )
+    settings: dict[str, Any] = data
+    return settings
