@@ -122,9 +122,8 @@ MORE: dict[str, tuple[int, int, dict[str, Any]]] = {
         3,
         5,
         {
-            "structure": {"activation": "jumprelu", "tie": "source", "latents": 300},
+            "structure": {"activation": "jumprelu", "tie": "source"},
             "sparsity_coeff": 0.01,
-            "dead_latent_penalty": 0.1,
             "fvu_variance": "batch",
         },
     ),
@@ -191,7 +190,7 @@ def test_weights_of_many_ranks_are_those_of_one_in_every_case(
     for (_, whole), config in zip(cut, gone_on, strict=True):
         require_same(whole.run, config.run, 1e-9)
     for name, (_, many) in cases.items():
-        if name in ("tied", "float32", "own layers", "five replicas"):
+        if name in ("tied", "float32", "own layers", "replicas, adam8"):
             require_traffic(many, world=MORE[name][0])
 
 
@@ -215,7 +214,8 @@ def require_traffic(config: TrainConfig, world: int) -> None:
             elif name == "replicas" and value:  # and now and then a count for the log
                 assert sent == pytest.approx(value, rel=1e-2)
             else:
-                assert sent == pytest.approx(value, rel=1e-9), (name, rank)
+                share = 1e-9 if mesh.replicas == 1 else 1 / config.step_tokens  # of an odd number of tokens
+                assert sent == pytest.approx(value, rel=share), (name, rank)
         assert measured["read"] == pytest.approx(measured["read_predicted"], rel=0.05)
 
 
