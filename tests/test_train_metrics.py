@@ -1,6 +1,7 @@
 """metrics.jsonl: its names, what a line is about, and the curves that are made from it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from clt.train.config import TrainConfig
 from clt.train.curves import Curve, Curves
 from clt.train.loop import train
 from clt.train.metrics import MetricsFile
+from clt.train.report import evaluate_cache
 
 BY_LAYER = ("fvu", "l0", "dead")
 SINGLE = {"step", "tokens", "fvu", "loss", "lr", "k", "tokens_per_s", "stall", "shuffle_m", "grad_norm"}
@@ -43,10 +45,13 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 def documented() -> dict[str, list[str]]:
     """By name: unit, averaging and tokens, as docs/metrics.md has them."""
-    rows = [
-        line.strip("|").split(" | ") for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")
-    ]
+    rows = [line.strip("|").split(" | ") for line in section(0).splitlines() if line.startswith("| `")]
     return {row[0].strip(" `"): [cell.strip() for cell in row[1:]] for row in rows}
+
+
+def section(number: int) -> str:
+    """0: metrics.jsonl; 1: eval.json."""
+    return DOCUMENT.read_text().split("\n# eval.json\n")[number]
 
 
 def generic(name: str) -> str:
@@ -80,6 +85,14 @@ def test_the_document_and_the_code_name_the_same_metrics(
     names = {generic(name) for run in (run_with_all, sparse) for line in lines(run.run) for name in line}
     assert names == documented().keys()
     assert all(len(cells) == 4 and all(cells) for cells in documented().values())
+
+
+def test_the_document_and_eval_name_the_same_numbers(run_with_all: TrainConfig) -> None:
+    """`model` is there with --model only; what else eval.json holds says what was looked at."""
+    found, _ = evaluate_cache(run_with_all.run, "val", (), None)
+    first = [line.split(" | ")[0] for line in section(1).splitlines() if line.startswith("| `")]
+    names = {name for cell in first for name in re.findall(r"`(\w+)`", cell)}
+    assert names - {"model"} == found.keys() - {"split", "tokens"}
 
 
 def test_the_page_draws_what_the_document_names(

@@ -65,13 +65,12 @@ def save_checkpoint(
     target = run / f"step-{state.step:08d}"
     if exchange.agree((run / LATEST).exists() and checkpoint_folder(run) == target):
         if exchange.first:
-            name_best(run)
+            tidy(run, keep)
         return target  # asked to stop right after a save
     partial = run / f".{target.name}.partial"
     try:
         if exchange.first:
-            for left in run.glob(".step-*"):
-                shutil.rmtree(left)
+            _remove_pieces(run)
             _begin_step(partial, model, state)
         exchange.agree(True)  # the folder is there
         if exchange.replica == 0:
@@ -94,10 +93,22 @@ def _publish(run: Path, partial: Path, target: Path, keep: int) -> None:
     sync_folders([run])
     write_file(run / LATEST, target.name.encode())
     sync_folders([run])
-    best, steps = name_best(run), sorted(run.glob("step-*"))
+    tidy(run, keep)
+
+
+def tidy(run: Path, keep: int) -> None:
+    """What a save does once `latest` names its step, and resuming does after a kill: name the best step, and
+    remove pieces of steps, steps before the last `keep` but for the best, and those that were never named."""
+    _remove_pieces(run)
+    target, best, steps = checkpoint_folder(run), name_best(run), sorted(run.glob("step-*"))
     older = [step for step in steps if step < target and step != best]
     for old in [*older[: max(0, len(older) - keep + 1)], *(step for step in steps if step > target)]:
         _remove(old)
+
+
+def _remove_pieces(run: Path) -> None:
+    for left in run.glob(".step-*"):
+        shutil.rmtree(left)
 
 
 def name_best(run: Path) -> Path | None:

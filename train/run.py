@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checkpoint import LATEST, TrainerState, checkpoint_folder, name_best, restore_training, save_checkpoint
+from .checkpoint import LATEST, TrainerState, checkpoint_folder, restore_training, save_checkpoint, tidy
 from .config import TrainConfig
 from .evaluate import Evaluation
 from .exchange import ALONE, Exchange
@@ -82,7 +82,7 @@ class Run:
         self.step, self.tokens, self.dead.since = state.step, state.tokens, state.tokens_since_fired
         self.firing.restore(state.firing)
         if self.exchange.first:
-            name_best(self.config.run)
+            tidy(self.config.run, self.config.keep)
         return state.reader
 
     def __enter__(self) -> "Run":
