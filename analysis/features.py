@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..cache_format.files import write_file
 from ..cache_format.layout import KINDS
+from ..devices import find_device
 from ..harvest.provenance import SourceData
 from ..progress import Progress
 from ..stopping import StopRequested, stop_on_signals
@@ -135,7 +136,7 @@ def write_features(config: FeaturesConfig) -> FeaturesReport:
     if _begin(config, _identity(config, folder, source)):
         return _report(config.out)
     data = [SourceData(cache.manifest.source, config.dataset) for cache in source.caches]
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(config.device)
     table = TokenTable(source)
     unembedding = load_unembedding(config.model, shape.d_model, device) if config.model else None
     columns = (torch.from_numpy(source.sample).to(device), torch.from_numpy(source.kind).to(device))

@@ -8,7 +8,7 @@ import typer
 OK, FAULTY, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
-Threads = Annotated[int | None, typer.Option(help="decoding threads [default: one a core]")]
+Threads = Annotated[int | None, typer.Option(min=1, help="decoding threads [default: one a core]")]
 
 
 def answer(as_json: bool, data: dict[str, Any], text: str) -> None:

@@ -1,7 +1,6 @@
 """Loading a model and its processor: once, in the numbers and on the devices that are asked for."""
 
 import hashlib
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.logging import disable_progress_bar
 
+from ..devices import find_device
 from .config import HarvestConfig
 from .grids import LAYOUTS, knows
 from .processors import open_processor
@@ -95,7 +95,7 @@ def load_processor(config: HarvestConfig) -> LoadedProcessor:
 def load_model(config: HarvestConfig) -> LoadedModel:
     """Load model and processor; ValueError, on one line, where that does not work."""
     processor = load_processor(config)
-    device = torch.device(config.device or own_device())
+    device = find_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # pinned memory and streams are the current device's
     loader = AutoModelForCausalLM if processor.image_token is None else AutoModelForImageTextToText
@@ -110,13 +110,6 @@ def load_model(config: HarvestConfig) -> LoadedModel:
         device=next(model.get_input_embeddings().parameters()).device,
         weights_hash=hash_weights(model),
     )
-
-
-def own_device() -> str:
-    """torchrun starts a process for each CUDA device of a machine."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 def _placement(config: HarvestConfig, device: torch.device) -> dict[str, Any]:

@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 import tiny
-import torch
 
 from clt.cache_format import open_cache, verify_cache
 from clt.harvest.config import HarvestConfig
-from clt.harvest.model import own_device
 from clt.harvest.run import harvest
 
 SLOW = """
@@ -113,16 +111,6 @@ def test_ranks_share_the_tokens_asked_for(folder: Path, tmp_path: Path, tokens: 
     ]
     assert sum(report.tokens["train"] for report in reports) == tokens
     assert len(open_cache(tmp_path / "c")["train"]) == tokens
-
-
-def test_each_process_of_a_machine_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert own_device() == "cpu" or torch.cuda.is_available()
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert own_device() == "cuda:0"
-    for local, device in (("1", "cuda:1"), ("3", "cuda:3"), ("5", "cuda:1")):
-        monkeypatch.setenv("LOCAL_RANK", local)
-        assert own_device() == device
 
 
 @pytest.mark.slow

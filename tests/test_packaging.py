@@ -53,6 +53,7 @@ def test_only_the_known_modules_lie_at_the_root() -> None:
     """Every .py at the root ships inside `clt`."""
     assert {path.name for path in ROOT.glob("*.py")} == {
         "cli.py",
+        "devices.py",
         "progress.py",
         "stopping.py",
         "stopwatch.py",

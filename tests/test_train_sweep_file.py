@@ -127,3 +127,10 @@ def test_a_run_that_cannot_be_is_named(tmp_path: Path) -> None:
         ValueError, match="run activation=relu of the sweep: --sparsity-coeff: relu needs one"
     ):
         sweep_configs(OPTIONS, found, Path("runs"))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"--sweep .*no.toml: expected a TOML file of settings, found no such"
+    ):
+        read_sweep(tmp_path / "no.toml")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from ..devices import find_device
 from ..stopping import EndedByOthers, StopRequested
 from .exchange import LostTouch
 
@@ -48,11 +49,6 @@ def speaks() -> bool:
     return not started_by_torchrun() or os.environ["RANK"] == "0"
 
 
-def local_rank() -> int:
-    """Which of its machine's devices is this process's."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 class Job:
     """One rank's place among all, and its watch."""
 
@@ -71,7 +67,7 @@ class Job:
         cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
         self._watch.start()
         if cuda:
-            torch.cuda.set_device(local_rank())
+            torch.cuda.set_device(find_device("cuda"))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=self._group,

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..devices import find_device
 from .checkpoint import LATEST, TrainerState, checkpoint_folder, restore_training, save_checkpoint, tidy
 from .config import TrainConfig
 from .evaluate import Evaluation
 from .exchange import ALONE, Exchange
 from .finetune import start_from
 from .finite import DivergedError, NotFiniteError, require_finite_loss, require_finite_weights
-from .job import local_rank, speaks
+from .job import speaks
 from .losses import Extras
 from .metrics import DeadLatents, FiringCounts
 from .optimizer import Optimizer, learning_rate
@@ -197,8 +198,7 @@ class Run:
 
 def new_run(config: TrainConfig, source: Source, resume: bool, exchange: Exchange = ALONE) -> Run:
     """A run with fresh weights, or those that it is to start from; writes nothing."""
-    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(f"cuda:{local_rank()}" if name == "cuda" else name)
+    device = find_device(config.device)
     dtype = getattr(torch, config.dtype)
     if device.type == "cuda" and dtype == torch.bfloat16:
         torch.set_float32_matmul_precision("high")  # TF32 has all bits of bfloat16 weights

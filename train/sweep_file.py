@@ -51,6 +51,8 @@ class Entry(NamedTuple):
 
 def read_sweep(path: Path) -> list[Entry]:
     """The runs that a file asks for, in its order; ValueError says what is wrong where."""
+    if not path.is_file():
+        raise ValueError(f"--sweep {path}: expected a TOML file of settings, found no such file")
     try:
         data = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as fault:
