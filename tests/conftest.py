@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,3 +158,17 @@ def make_cache(plan_cache: Callable[..., TinyCache]) -> Callable[..., TinyCache]
         return tiny
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real one, for pages; where there is none, what needs it is skipped."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no chromium on this machine; install one to look at pages in a browser")
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # chromium refuses a sandbox to root
+    with driver.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=options)
+        yield chromium
+        chromium.close()

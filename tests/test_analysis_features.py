@@ -1,8 +1,6 @@
 """`clt features`: its pages hold what dense arithmetic gives, survive a kill, and work from disk."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -310,19 +308,6 @@ def test_a_folder_of_something_else_is_refused(made: Made, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="expected a folder, or a hub id that is on this machine"):
         write_features(replace(config, out=tmp_path / "x", model="nowhere/none"))
     assert files(config.out) == before
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no chromium on this machine; install one to look at the pages in a browser")
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # chromium refuses a sandbox to root
-    with driver.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=options)
-        yield chromium
-        chromium.close()
 
 
 class Opened(NamedTuple):

@@ -1,10 +1,7 @@
 """report.html: its numbers are those of the run, nothing in it comes from elsewhere, and it fits a phone."""
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -241,19 +238,6 @@ def test_a_run_without_numbers_has_a_page() -> None:
     """Nothing logged, no decoder that is not zero, no latent counted, one layer."""
     empty = long_report(1, 0)._replace(decoder_norms=np.zeros((1, 1)), frequency=np.zeros((1, 4)))
     assert "No numbers yet." in render_page(empty)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("no chromium on this machine; install one to look at report.html in a browser")
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # chromium refuses a sandbox to root
-    with driver.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=program, args=options)
-        yield chromium
-        chromium.close()
 
 
 SMALLEST_TEXT = """() => Math.min(...[...document.querySelectorAll("body *")]
