@@ -45,9 +45,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     def save(family: str) -> Path:
         folder = root / family
         if not folder.exists():
-            with pytest.MonkeyPatch.context() as patch:
-                tiny_families.pretend_num2words(patch)
-                (tiny_families.save_vision if family in VISION else tiny_families.save_text)(family, folder)
+            (tiny_families.save_vision if family in VISION else tiny_families.save_text)(family, folder)
         return folder
 
     return save
@@ -59,9 +57,7 @@ def loaded(folder_of: Callable[[str], Path]) -> Callable[[str], LoadedModel]:
 
     def load(family: str) -> LoadedModel:
         if family not in models:
-            with pytest.MonkeyPatch.context() as patch:
-                tiny_families.pretend_num2words(patch)
-                models[family] = load_model(config_for(str(folder_of(family))))
+            models[family] = load_model(config_for(str(folder_of(family))))
         return models[family]
 
     return load
@@ -213,10 +209,8 @@ def test_a_harvest_stores_what_each_sample_alone_gives(
     loaded: Callable[[str], LoadedModel],
     data: Callable[[str], Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All samples go through the model together, padded; by itself each gives the same."""
-    tiny_families.pretend_num2words(monkeypatch)
     model, dataset = loaded(family), data(family)
     config = config_for(
         model.name, str(dataset), cache=tmp_path / "c", precision="bf16", max_bad_fraction=1.0
@@ -281,10 +275,8 @@ def test_in_bfloat16(
     folder_of: Callable[[str], Path],
     talks: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Pictures are given in the model's own numbers, and its outputs kept bit for bit."""
-    tiny_families.pretend_num2words(monkeypatch)
     config = config_for(
         str(folder_of(family)), str(talks), cache=tmp_path / "c", precision="bf16", dtype="bfloat16"
     )

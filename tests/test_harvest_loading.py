@@ -152,11 +152,10 @@ def test_code_that_comes_with_a_model_does_not_run(folder: Path, tmp_path: Path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_processor_that_wants_a_package_says_which(tmp_path: Path) -> None:
+def test_a_processor_that_wants_a_package_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolVLM's wants one to spell the numbers of videos."""
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_families.pretend_num2words(patch)
-        model = tiny_families.save_vision("smolvlm", tmp_path / "model")
+    model = tiny_families.save_vision("smolvlm", tmp_path / "model")
+    monkeypatch.setattr("transformers.models.smolvlm.processing_smolvlm.num2words", None)
     with pytest.raises(ValueError, match=r"Package `num2words` is required .* `pip install num2words`"):
         load_processor(HarvestConfig(model=str(model), dataset="", cache=tmp_path / "c"))
 

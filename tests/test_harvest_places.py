@@ -47,10 +47,8 @@ MATTERS = 0.1
 
 @pytest.fixture(scope="module", params=tiny_families.VISION)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_families.pretend_num2words(patch)
-        folder = tiny_families.save_vision(request.param, tmp_path_factory.mktemp(request.param) / "model")
-        loaded = load_model(replace(CONFIG, model=str(folder)))
+    folder = tiny_families.save_vision(request.param, tmp_path_factory.mktemp(request.param) / "model")
+    loaded = load_model(replace(CONFIG, model=str(folder)))
     put_out_attention(loaded)
     return loaded
 

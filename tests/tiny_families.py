@@ -425,13 +425,6 @@ def save_text(family: str, folder: Path) -> Path:
     return folder
 
 
-def pretend_num2words(patch: Any) -> None:
-    """SmolVLM's processor wants it, for the words of videos; it need not be installed to read pictures."""
-    import transformers.models.smolvlm.processing_smolvlm as smolvlm
-
-    patch.setattr(smolvlm, "num2words", str)
-
-
 def full_size_processors() -> dict[str, tuple[Any, str]]:
     """By name: a processor as the published models have it, but for the vocabulary, and its placeholder."""
     next_images = transformers.LlavaNextImageProcessorPil(size={"shortest_edge": 336}, crop_size=square(336))
