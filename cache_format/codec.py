@@ -27,8 +27,12 @@ from zstandard import (
     ZstdError,
 )
 
+from .compiled import COMPILED
 from .errors import CacheError, DamagedCacheError
 from .layout import BLOCK, n_blocks
+
+if COMPILED:
+    from . import _quantise
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.int8] | npt.NDArray[np.uint16]
@@ -44,6 +48,11 @@ calls costs shows little (a quarter of this is a third slower)."""
 
 SMALL = 1 << 16
 """Bytes of a chunk up to which a kept decompressor and a copy are faster than decoding into place."""
+
+UNSTORABLE = (
+    "an activation is not finite, or beyond 8.3e6, which int8 blocks cannot hold; "
+    "look at the sample, or harvest with --precision bf16"
+)
 
 _LARGEST_STEP = np.float32(np.finfo(np.float16).max)
 
@@ -93,6 +102,10 @@ def quantise(values: Floats, divisor: float) -> Quantised:
     tokens, width = values.shape
     codes = np.empty((tokens, width), np.int8)
     scale = np.empty((tokens, n_blocks(width)), np.float16)
+    if COMPILED:
+        if _quantise.quantise(np.ascontiguousarray(values), width, GAUSSIAN / divisor, codes, scale) >= 0:
+            raise CacheError(UNSTORABLE)
+        return Quantised(codes, scale)
     for rows in slabs(tokens, width):
         quantise_slab(values[rows], divisor, codes[rows], scale[rows])
     return Quantised(codes, scale)
@@ -131,10 +144,7 @@ def quantise_slab(values: Floats, divisor: float, codes: npt.NDArray[np.int8], s
 def check_scale(scale: Scales | Floats) -> None:
     """CacheError where a vector was not finite, or so large that its step overflows float16."""
     if not np.isfinite(scale).all():
-        raise CacheError(
-            "an activation is not finite, or beyond 8.3e6, which int8 blocks cannot hold; "
-            "look at the sample, or harvest with --precision bf16"
-        )
+        raise CacheError(UNSTORABLE)
 
 
 def _room(number: int, shape: tuple[int, int]) -> Floats:

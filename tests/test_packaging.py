@@ -37,7 +37,7 @@ def test_each_dependency_says_why() -> None:
 
 
 def test_format_document_ships() -> None:
-    assert PROJECT["tool"]["setuptools"]["package-data"]["clt.cache_format"] == ["FORMAT.md"]
+    assert "FORMAT.md" in PROJECT["tool"]["setuptools"]["package-data"]["clt.cache_format"]
     assert (ROOT / "cache_format" / "FORMAT.md").exists()
 
 
@@ -47,6 +47,21 @@ def test_what_the_report_page_needs_ships() -> None:
     shipped = set(PROJECT["tool"]["setuptools"]["package-data"]["clt.train"])
     assert files <= shipped
     assert all((files_of(clt.train) / name).is_file() for name in shipped)
+
+
+def test_every_c_file_is_built_if_it_can_be() -> None:
+    """An extension may fail to build, is described to mypy, and needs no other Python than the wheel's."""
+    built = {source: ext for ext in PROJECT["tool"]["setuptools"]["ext-modules"] for source in ext["sources"]}
+    assert (
+        built.keys() == {f"{path.parent.name}/{path.name}" for path in ROOT.glob("*/*.c")}
+        or not (ROOT / ".ci").is_dir()
+    ), "a .c file that nobody builds, or the other way round"
+    for source, extension in built.items():
+        package, module = extension["name"].rsplit(".", 1)
+        assert package == f"clt.{Path(source).parent}"
+        assert (files_of(package) / f"{module}.pyi").is_file()
+        assert extension["optional"] is extension["py-limited-api"] is True
+        assert "-ffp-contract=off" in extension["extra-compile-args"], "bits that depend on the processor"
 
 
 def test_only_the_known_modules_lie_at_the_root() -> None:

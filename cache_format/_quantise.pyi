@@ -1,0 +1,24 @@
+"""quantise.c; every array is contiguous."""
+
+from typing import Any
+
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+def quantise(
+    values: Array,
+    width: int,
+    factor: float,
+    codes: Array,
+    scale: Array,
+    noise: Array = ...,
+    square: Array = ...,
+    peak: Array = ...,
+    /,
+) -> int:
+    """int8 codes and float16 steps of `values` (token, width) float32; factor: step over mean |value|.
+
+    noise float32, square float64, peak float32, (token,) each: of each vector as `StoredVectors` has them.
+    Returns the first token that int8 cannot hold, or -1; what stands behind it is not quantised.
+    """
