@@ -1,4 +1,4 @@
-"""Whether quantise.c is compiled into this installation; where it is not, numpy gives the same bits, later."""
+"""Whether quantise.c is compiled in; where it is not, numpy gives the same bits, later."""
 
 from importlib.util import find_spec
 
