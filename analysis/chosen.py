@@ -32,6 +32,11 @@ class Chosen(NamedTuple):
         first, end = np.searchsorted(self.latent, [latent, latent + 1]).tolist()
         return slice(first, end)
 
+    def part(self, latents: range) -> "Chosen":
+        """Those of some neighbouring latents."""
+        first, end = np.searchsorted(self.latent, [latents.start, latents.stop]).tolist()
+        return Chosen(*(column[first:end] for column in self))
+
 
 class Activations(NamedTuple):
     """Of each example's latent, on the tokens of the example's sample."""
@@ -70,8 +75,8 @@ def gather(
 ) -> Activations:
     """Each example's latent wherever it is active in the sample.
 
-    counted (token,): numbers of the tokens that `codes` holds, in its order. Holds what it finds, at most the
-    examples times the tokens of a sample.
+    counted (token,): numbers of the tokens that `codes` holds, in its order. Holds what it finds; of a latent
+    at most as much as it was positive, for its examples are of different samples.
     """
     if not len(chosen.token):
         return Activations(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
@@ -82,9 +87,9 @@ def gather(
     needed[sample[chosen.token]] = True
     examples, tokens, values = [], [], []
     for block in codes.blocks(BLOCK_TOKENS):
-        token = counted[block.row]
-        mine = needed[sample[token]]
-        token, latent, value = token[mine], block.latent[mine], block.value[mine]
+        mine = np.flatnonzero((block.latent >= chosen.latent[0]) & (block.latent <= chosen.latent[-1]))
+        mine = mine[needed[sample[counted[block.row[mine]]]]]
+        token, latent, value = counted[block.row[mine]], block.latent[mine], block.value[mine]
         here = sample[token].astype(np.int64) * n_latents + latent
         place = np.searchsorted(wanted, here)
         found = np.flatnonzero(wanted[np.minimum(place, len(wanted) - 1)] == here)

@@ -28,11 +28,12 @@ class Kept:
 
     def offer(self, latent: Tensor, score: Tensor, value: Tensor, token: Tensor) -> None:
         """Activations, (code,) each, of tokens behind all that were offered before, tokens ascending."""
-        better = score > self.score[latent, -1]  # of equal scores the first token's stays
-        latent, score, value, token = (part[better] for part in (latent, score, value, token))
+        last = self.score[:, -1].index_select(0, latent)
+        better = (score > last).nonzero()[:, 0]  # of equal scores the first token's stays
+        latent, score, value, token = (part.index_select(0, better) for part in (latent, score, value, token))
         if not len(latent):
             return
-        rows = torch.unique(latent)
+        rows = torch.bincount(latent, minlength=len(self.token)).nonzero()[:, 0]
         held = self.token[rows] >= 0
         latent = torch.cat([rows[:, None].expand_as(held)[held], latent])
         score, value, token = (

@@ -9,6 +9,7 @@ pictures/                           each once, made small
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,18 +20,19 @@ from ..cache_format.files import write_file
 from ..cache_format.layout import KINDS
 from .chosen import TOP, Activations, Chosen
 from .directions import Directions, Tokens
-from .latents import LatentStatistics
 from .sample_pages import IMAGE, Strings, TokenTable, write_data
 
 BLOCK = 32
 """Latents in one file."""
+LOOKED_UP = 1 << 22
+"""Activations that are held at a time while examples are looked up."""
 LABEL = 3
 """Token strings that stand for a latent in the list."""
 STATIC = ("index.html", "pages.css", "pages.js")
 
 
 class LayerPages(NamedTuple):
-    """What there is to show of one layer."""
+    """What there is to show of one layer; of its examples, those of some latents."""
 
     layer: int
     by_kind: npt.NDArray[np.int64]
@@ -40,37 +42,62 @@ class LayerPages(NamedTuple):
     activations: Activations
     directions: Directions
 
-    @classmethod
-    def of(
-        cls, layer: int, statistics: LatentStatistics, chosen: Chosen, found: Activations, weights: Directions
-    ) -> "LayerPages":
-        counts = (statistics.by_kind.cpu().numpy(), statistics.histogram.cpu().numpy())
-        return cls(layer, *counts, chosen, found, weights)
+
+class Row(NamedTuple):
+    """Of a latent in the list."""
+
+    label: list[str]
+    pictures: int
+    """Strongest examples that are on a patch"""
+    largest: float
 
 
-def write_layer(folder: Path, pages: LayerPages, table: TokenTable, strings: Strings) -> None:
-    """The data of one layer: its part of the list, and its latents."""
-    n_latents = len(pages.by_kind)
-    labels, pictures, largest = [], [], np.zeros(n_latents)
-    for latent in range(n_latents):
-        top = pages.chosen.of(latent)
-        top = slice(top.start, top.start + int((pages.chosen.quantile[top] == TOP).sum()))
-        words = _words_of(pages, top, table)
-        labels.append(_label(words, table, strings))
-        pictures.append(int((table.kind[pages.chosen.token[top]] == IMAGE).sum()))
-        largest[latent] = pages.chosen.value[top].max(initial=0)
-    data = {
-        "kinds": pages.by_kind.T.tolist(),
-        "max": significant(largest).tolist(),
-        "label": labels,
-        "pictures": pictures,
-    }
-    write_data(folder, f"list-{pages.layer}", data)
-    for first in range(0, n_latents, BLOCK):
-        block = [
-            _latent(pages, latent, table, strings) for latent in range(first, min(first + BLOCK, n_latents))
-        ]
+def together(by_kind: npt.NDArray[np.int64], most: int) -> Iterator[range]:
+    """Latents whose examples are held together, whole files of them: with at most LOOKED_UP activations.
+
+    by_kind (latent, kind): how often they are positive; most: tokens in a latent's examples. A latent has no
+    more activations in its examples than either, for these are of different samples.
+    """
+    bound = np.minimum(by_kind.sum(axis=1), most)
+    starts = np.arange(0, len(bound), BLOCK)
+    first, held = 0, 0
+    for start, size in zip(starts.tolist(), np.add.reduceat(bound, starts).tolist(), strict=True):
+        if held and held + size > LOOKED_UP:
+            yield range(first, start)
+            first, held = start, 0
+        held += size
+    yield range(first, len(bound))
+
+
+def write_latents(
+    folder: Path, pages: LayerPages, latents: range, table: TokenTable, strings: Strings
+) -> list[Row]:
+    """Files of these latents, and their rows of the list."""
+    for first in latents[::BLOCK]:
+        block = [_latent(pages, n, table, strings) for n in range(first, min(first + BLOCK, latents.stop))]
         write_data(folder, f"latents-{pages.layer}-{first // BLOCK}", block)
+    return [_row(pages, latent, table, strings) for latent in latents]
+
+
+def write_list(folder: Path, layer: int, by_kind: npt.NDArray[np.int64], rows: list[Row]) -> None:
+    """A layer's part of the list."""
+    data = {
+        "kinds": by_kind.T.tolist(),
+        "max": significant(np.array([row.largest for row in rows])).tolist(),
+        "label": [row.label for row in rows],
+        "pictures": [row.pictures for row in rows],
+    }
+    write_data(folder, f"list-{layer}", data)
+
+
+def _row(pages: LayerPages, latent: int, table: TokenTable, strings: Strings) -> Row:
+    mine = pages.chosen.of(latent)
+    top = slice(mine.start, mine.start + int((pages.chosen.quantile[mine] == TOP).sum()))
+    return Row(
+        _label(_words_of(pages, top, table), table, strings),
+        int((table.kind[pages.chosen.token[top]] == IMAGE).sum()),
+        float(pages.chosen.value[top].max(initial=0)),
+    )
 
 
 def write_pages(folder: Path, about: dict[str, Any]) -> None:

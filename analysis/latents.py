@@ -44,9 +44,11 @@ class LatentStatistics:
 
     def add(self, codes: Codes, token: Tensor) -> None:
         """codes of a batch whose tokens have these numbers (token,), ascending and behind all before."""
-        positive = codes.values > 0
-        latent, value = codes.columns[positive].long(), codes.values[positive].float()
-        token = token[codes.tokens[positive]]
+        positive = (codes.values > 0).nonzero()[:, 0]  # once: a mask would be turned into places each time
+        latent, value, token = (
+            part.index_select(0, positive)
+            for part in (codes.columns.long(), codes.values.float(), token.index_select(0, codes.tokens))
+        )
         self._count(self.by_kind, latent, self._kind[token].long())
         bins = (2 * value.log2()).floor().long() - LOWEST
         self._count(self.histogram, latent, bins.clamp_(0, BINS - 1))

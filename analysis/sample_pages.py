@@ -53,6 +53,11 @@ class TokenTable:
         self._cache_ends = np.cumsum([len(split) for split in splits])
         self._cache_sample = [split.token_column("sample") for split in splits]
 
+    @property
+    def longest(self) -> int:
+        """Stored tokens of the longest sample."""
+        return int(np.diff(self._first).max())
+
     def tokens(self, sample: int) -> npt.NDArray[np.int32]:
         """Numbers of a sample's stored tokens, by position."""
         return self._order[self._first[sample] : self._first[sample + 1]]

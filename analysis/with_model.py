@@ -26,6 +26,8 @@ from ..train.checkpoint import checkpoint_folder, load_transcoder
 from ..train.origin import load_origin
 from ..train.run_folder import load_config
 from ..train.transcoder import CrossLayerTranscoder
+from .generated import Answers, Generated
+from .logit_changes import LogitChanges
 from .prompts import held_out, last_answer
 from .replacement import Edit, Replacement, parse_edits
 from .scores import Scores, compare
@@ -55,19 +57,12 @@ class ModelEvalConfig:
         return ("edit",) if self.edits else MODES
 
 
-class Generated(NamedTuple):
-    """One answer, as text."""
-
-    id: str
-    truth: str
-    original: str
-    replaced: str
-
-
 class ModelEval(NamedTuple):
     scores: dict[str, Scores]
     """By mode; `original` compares the model with itself, so that its ce is the model's"""
-    generated: list[Generated]
+    answers: Answers
+    logits: dict[str, list[list[Any]]] | str
+    """Tokens whose logits rise and fall most, where latents are edited; else why there are none"""
     left: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -76,8 +71,8 @@ class ModelEval(NamedTuple):
             "modes": modes,
             "mlps_left_at": list(self.left),
             "recovered": self.recovered(),
-            "generated": [each._asdict() for each in self.generated],
-            **self.exact_match(),
+            "logits": self.logits,
+            **self.answers.to_json(),
         }
 
     def recovered(self) -> dict[str, float] | str:
@@ -86,18 +81,6 @@ class ModelEval(NamedTuple):
         if "transcoder" not in rise:
             return "not computed: latents were edited, MLPs were not replaced"
         return {mode: 1 - rise["transcoder"] / rise[mode] for mode in ("mean", "zero")}
-
-    def exact_match(self) -> dict[str, Any]:
-        """Share of generated answers that are the dataset's, before and after."""
-        if not self.generated:
-            return {"exact_match": "not computed: nothing was generated, see --generate"}
-        pairs = {
-            "original": [g.original for g in self.generated],
-            "replaced": [g.replaced for g in self.generated],
-        }
-        truth = [g.truth for g in self.generated]
-        match = {n: sum(a == b for a, b in zip(said, truth, strict=True)) for n, said in pairs.items()}
-        return {"exact_match": {n: right / len(truth) for n, right in match.items()}}
 
 
 def evaluate_run(
@@ -140,10 +123,11 @@ def evaluate_with_model(transcoder: CrossLayerTranscoder, config: ModelEvalConfi
     replacement = attach(transcoder, model, config)
     scores = {mode: Scores() for mode in ("original", *config.modes)}
     generated: list[Generated] = []
+    changes = LogitChanges()
     samples = held_out(rows, model, config.harvest, config.samples)
     with replacement, Progress("eval", total=config.samples, unit="samples") as progress:
         for number, sample in enumerate(samples):
-            _score(replacement, model, sample, config, scores)
+            _score(replacement, model, sample, config, scores, changes)
             if number < config.generate:
                 generated.append(_generate(replacement, model, sample, config))
             progress.add(1)
@@ -151,7 +135,10 @@ def evaluate_with_model(transcoder: CrossLayerTranscoder, config: ModelEvalConfi
         raise ValueError(
             f"{config.harvest.dataset}: none of its samples is held out; expected some in split val"
         )
-    return ModelEval(scores, generated, config.exclude)
+    answers = Answers(generated, "edited" if config.edits else "replaced")
+    none = "not computed: no latent was edited, see --ablate and --steer"
+    logits = changes.ends(model.tokenizer) if config.edits else none
+    return ModelEval(scores, answers, logits, config.exclude)
 
 
 def attach(transcoder: CrossLayerTranscoder, model: LoadedModel, config: ModelEvalConfig) -> Replacement:
@@ -176,6 +163,7 @@ def _score(
     sample: PreparedSample,
     config: ModelEvalConfig,
     scores: dict[str, Scores],
+    changes: LogitChanges,
 ) -> None:
     ids, kind = sample.columns["token_id"], sample.columns["kind"]
     inputs = {name: value.to(model.device) for name, value in sample.inputs.items()}
@@ -185,6 +173,8 @@ def _score(
     for mode, into in scores.items():
         logits = original if mode == "original" else _logits(replacement, model, inputs, mode)
         into.add(compare(original[predicted], logits[predicted], truth), kind[1:][predicted])
+        if mode == "edit":
+            changes.add(original[predicted], logits[predicted])
 
 
 def _original(
@@ -217,7 +207,7 @@ def _logits(replacement: Replacement, model: LoadedModel, inputs: dict[str, Tens
 def _generate(
     replacement: Replacement, model: LoadedModel, sample: PreparedSample, config: ModelEvalConfig
 ) -> Generated:
-    """Greedy answers of the model as it is and of the replaced one."""
+    """Greedy answers of the model as it is, and replaced or edited."""
     answer = last_answer(sample)
     inputs = {name: value.to(model.device) for name, value in answer.inputs.items()}
     length = inputs["input_ids"].shape[1]
@@ -245,16 +235,10 @@ def render(found: ModelEval) -> str:
     if isinstance(recovered := found.recovered(), dict):
         shares = ", ".join(f"{share:.1%} of {mode} ablation's" for mode, share in recovered.items())
         lines.append(f"the transcoder takes back {shares} rise")
-    for each in found.generated:
-        lines += [
-            f"{each.id}",
-            f"  dataset   {each.truth}",
-            f"  original  {each.original}",
-            f"  replaced  {each.replaced}",
-        ]
-    if found.generated:
-        match = found.exact_match()["exact_match"]
-        lines.append(f"exact match: {match['original']:.1%} before, {match['replaced']:.1%} after")
+    if isinstance(found.logits, dict):
+        for name, ends in found.logits.items():
+            lines.append(f"logits {name} most: {', '.join(f'{text!r} {by:+.2f}' for text, by in ends)}")
+    lines += found.answers.render()
     return "\n".join(lines)
 
 

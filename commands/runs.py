@@ -80,7 +80,8 @@ def features_command(
     One pass over the cache, without the model; stopped, it goes on with the same command. Open
     OUT/index.html in a browser: no server and no network is needed.
     """
-    from ..analysis.features import FeaturesConfig, write_features
+    from ..analysis.features import write_features
+    from ..analysis.features_config import FeaturesConfig
     from ..analysis.latents import Sizes
     from ..train.checkpoint import checkpoint_folder
 

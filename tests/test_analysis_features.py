@@ -16,7 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from clt.analysis.feature_pages import write_pages
-from clt.analysis.features import DONE, FeaturesConfig, write_features
+from clt.analysis.features import write_features
+from clt.analysis.features_config import FeaturesConfig
+from clt.analysis.features_folder import DONE
 from clt.analysis.latents import Sizes, bin_edges
 from clt.analysis.sample_pages import write_data
 from clt.cache_format import open_cache
@@ -235,10 +237,11 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from clt.analysis import features
+from clt.analysis.features_config import FeaturesConfig
 from clt.analysis.latents import LatentStatistics, Sizes
 
 root, add, calls = Path(sys.argv[1]), LatentStatistics.add, [0]
-config = features.FeaturesConfig(run=root / "run", out=root / "killed", model=str(root / "model"),
+config = FeaturesConfig(run=root / "run", out=root / "killed", model=str(root / "model"),
     sizes=Sizes(4, 12), quantiles=5, batch_tokens=64, threads=2, save_seconds=0.0)
 
 def dying(at):

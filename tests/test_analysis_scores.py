@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from clt.analysis.logit_changes import LogitChanges
 from clt.analysis.scores import MEASURES, Scores, compare
 
 MODEL = ("--model", "model", "--dataset", "train.jsonl")
@@ -85,6 +86,8 @@ def test_eval_with_the_model(folder: Path) -> None:
     assert modes["transcoder"]["kinds"]["image"] == "no token of this kind was predicted"
     assert len(found["model"]["generated"]) == 2
     assert set(found["model"]["exact_match"]) == {"original", "replaced"}
+    assert list(found["model"]["generated"][0]) == ["id", "truth", "original", "replaced"]
+    assert found["model"]["logits"].startswith("not computed: no latent was edited")
     assert found["model"]["mlps_left_at"] == ["bos"]
     with (folder / "c" / "samples.jsonl").open() as lines:
         stored = [json.loads(line) for line in lines]
@@ -92,11 +95,36 @@ def test_eval_with_the_model(folder: Path) -> None:
 
 
 def test_eval_of_edits(folder: Path) -> None:
-    done = clt(folder, "eval", "r", *MODEL, "--steer", "1:3=40", "--json")
+    """An edited model is not called replaced, and the logits that change most are named."""
+    done = clt(folder, "eval", "r", *MODEL, "--steer", "1:3=40", "--generate", "1", "--json")
     assert done.returncode == 0, done.stderr
-    modes = json.loads(done.stdout)["model"]["modes"]
-    assert list(modes) == ["original", "edit"]
-    assert modes["edit"]["kl"]["mean"] > 0
+    found = json.loads(done.stdout)["model"]
+    assert list(found["modes"]) == ["original", "edit"]
+    assert found["modes"]["edit"]["kl"]["mean"] > 0
+    assert list(found["generated"][0]) == ["id", "truth", "original", "edited"]
+    assert set(found["exact_match"]) == {"original", "edited"}
+    assert found["recovered"].startswith("not computed")
+    raised, lowered = ([change for _, change in found["logits"][name]] for name in ("raised", "lowered"))
+    assert raised == sorted(raised, reverse=True)
+    assert lowered == sorted(lowered)
+    assert lowered[0] < 0 < raised[0]
+
+
+def test_mean_changes_of_logits() -> None:
+    class Letters:
+        def decode(self, ids: list[int]) -> str:
+            return "abcdefghijkl"[ids[0]]
+
+    torch.manual_seed(0)
+    before, after, changes = torch.randn(7, 12), torch.randn(7, 12), LogitChanges()
+    changes.add(before[:3], after[:3])
+    changes.add(before[3:], after[3:] + 5.0)  # the same for all tokens: nothing that softmax sees
+    mean = [float((after - before)[:, i].mean() - (after - before).mean()) for i in range(12)]
+    order = sorted(range(12), key=lambda i: -mean[i])
+    found = changes.ends(Letters())
+    assert [text for text, _ in found["raised"]] == ["abcdefghijkl"[i] for i in order[:8]]
+    assert [text for text, _ in found["lowered"]] == ["abcdefghijkl"[i] for i in order[::-1][:8]]
+    np.testing.assert_allclose([by for _, by in found["raised"]], sorted(mean, reverse=True)[:8], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
