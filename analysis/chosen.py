@@ -34,8 +34,8 @@ class Chosen(NamedTuple):
 
     def part(self, latents: range) -> "Chosen":
         """Those of some neighbouring latents."""
-        first, end = np.searchsorted(self.latent, [latents.start, latents.stop]).tolist()
-        return Chosen(*(column[first:end] for column in self))
+        mine = slice(*np.searchsorted(self.latent, [latents.start, latents.stop]).tolist())
+        return Chosen(self.latent[mine], self.token[mine], self.value[mine], self.quantile[mine])
 
 
 class Activations(NamedTuple):

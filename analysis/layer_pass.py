@@ -34,7 +34,7 @@ class PassTime(NamedTuple):
     """Times layers"""
 
     def plus(self, other: "PassTime") -> "PassTime":
-        return PassTime(*(mine + its for mine, its in zip(self, other, strict=True)))
+        return PassTime(self.seconds + other.seconds, self.waited + other.waited, self.tokens + other.tokens)
 
 
 class LayerPass(NamedTuple):
