@@ -59,23 +59,26 @@ def load_encoder(folder: Path, place: int) -> CrossLayerTranscoder:
 def directions(
     folder: Path, place: int, n_similar: int, unembedding: Unembedding | None, device: torch.device
 ) -> Directions:
-    """Reads the layer's encoder once and each of its decoders once; holds three such matrices."""
+    """Reads the layer's encoder once and each of its decoders once; holds two such matrices in float32."""
     folded = FoldedTranscoder(folder)
     shape = folded.shape
     with safe_open(_path(folder, shape.layers[place]), "pt") as file:
         encoder = file.get_tensor("W_enc").to(device).float()
     similar, cosine = _most_alike(encoder, min(n_similar, shape.n_latents - 1))
     norms, products, squares = [], torch.zeros_like(cosine), torch.zeros(shape.n_latents, device=device)
+    decoder = encoder  # its room
     written = torch.zeros_like(encoder) if unembedding is not None else None
     for target in shape.targets(place):
         with safe_open(_path(folder, shape.layers[target]), "pt") as file:
             scale = float(file.get_tensor("out_scale"))
-        decoder = folded.decoder(place, target).to(device)
+        for first in range(0, shape.n_latents, ROWS):
+            rows = slice(first, first + ROWS)
+            decoder[rows] = folded.decoder(place, target, rows).to(device)
         if written is not None:
             written += decoder
         decoder /= scale  # so that targets count alike, as they do in the loss
         norms.append(decoder.norm(dim=1) / shape.d_model**0.5)
-        squares += decoder.square().sum(dim=1)
+        squares += torch.linalg.vector_norm(decoder, dim=1).square()
         for first in range(0, shape.n_latents, ROWS):
             rows = slice(first, first + ROWS)
             products[rows] += torch.einsum("ld,lnd->ln", decoder[rows], decoder[similar[rows]])
@@ -94,8 +97,8 @@ def directions(
 
 
 def _most_alike(encoder: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(latent, n): places and cosines of the most similar other rows."""
-    unit = normalize(encoder, dim=1)
+    """(latent, n): places and cosines of the most similar other rows. Makes the rows unit vectors."""
+    unit = normalize(encoder, dim=1, out=encoder)
     places, cosines = [], []
     for first in range(0, len(unit), ROWS):
         some = unit[first : first + ROWS] @ unit.T

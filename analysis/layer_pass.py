@@ -82,6 +82,7 @@ class LayerPass(NamedTuple):
                 self.folder.save(layer, statistics, following, codes)
                 saved = time.monotonic()
                 StopRequested.check()
+        del model
         spent = PassTime(time.monotonic() - began, reader.waited, codes.tokens - before)
         self.folder.save(layer, statistics, len(reader.groups), codes)
         self._write_pages(place, statistics, codes)

@@ -33,3 +33,42 @@ def train_peak(cache: Path, out: Path, *options: object) -> tuple[int, int]:
     assert done.returncode == 0, done.stderr
     before, peak = done.stdout.splitlines()[-1].split()
     return int(before), int(peak)
+
+
+ANONYMOUS = """
+import re, sys, threading, time
+from pathlib import Path
+from clt.cli import main
+import clt.analysis.features
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+before = peak = anonymous()
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+print(peak - before)
+"""
+
+
+def features_peak(run: Path, *options: object) -> int:
+    """Bytes that `clt features` took at its peak beside what its imports did; pages of files do not count."""
+    done = subprocess.run(
+        [sys.executable, "-c", ANONYMOUS, "features", str(run), *map(str, options)],
+        capture_output=True,
+        text=True,
+        env={
+            "OMP_NUM_THREADS": "1",
+            "MALLOC_ARENA_MAX": "1",
+            "MALLOC_MMAP_THRESHOLD_": "1048576",
+            "PATH": "",
+        },
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1])

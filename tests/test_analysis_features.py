@@ -15,6 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from clt.analysis import feature_pages
+from clt.analysis.examples import random_scores
 from clt.analysis.feature_pages import write_pages
 from clt.analysis.features import write_features
 from clt.analysis.features_config import FeaturesConfig
@@ -31,6 +33,7 @@ from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig, TranscoderConfig
 from clt.train.loop import open_source, train
 from clt.train.run_folder import load_config
+from clt.train.transcoder import CrossLayerTranscoder
 
 LATENTS, TOP, QUANTILES = 40, 4, 5
 
@@ -215,6 +218,9 @@ def test_weights_say_targets_likeness_and_tokens(made: Made) -> None:
         cosines = encoder @ encoder[latent]
         cosines[latent] = -2
         np.testing.assert_allclose([s[1] for s in found["similar"]], cosines.topk(8).values, atol=1e-3)
+        for other, reads, writes in found["similar"]:
+            assert reads == pytest.approx(float(cosines[other]), abs=1e-3)
+            assert writes == pytest.approx(decoder_cosine(model, place, latent, other), abs=1e-3)
         logits = head @ (sum(rows) * gain)
         np.testing.assert_allclose(
             [t[1] for t in found["promoted"]], logits.topk(8).values, rtol=2e-3, atol=1e-6
@@ -222,6 +228,47 @@ def test_weights_say_targets_likeness_and_tokens(made: Made) -> None:
         np.testing.assert_allclose(
             [t[1] for t in found["suppressed"]], -(-logits).topk(8).values, rtol=2e-3, atol=1e-6
         )
+
+
+def decoder_cosine(model: CrossLayerTranscoder, place: int, one: int, other: int) -> float:
+    """Of what two latents write to all targets in standard units, end to end."""
+    both = [
+        torch.cat([model.decoder(place, target)[latent].detach() for target in model.shape.targets(place)])
+        for latent in (one, other)
+    ]
+    return float(torch.nn.functional.cosine_similarity(*both, dim=0))
+
+
+def test_quantile_examples_stand_at_their_ranks(made: Made) -> None:
+    """Against sorting: a latent's tokens of largest hashes, of different samples, by activation."""
+    chosen = np.flatnonzero(open_source(load_config(made.folder / "run"), "train").chosen)
+    sample_of = made.columns["sample"]
+    for place, latent, found in latents(made):
+        dense, seen = made.dense[:, place, latent], {}
+        active = np.flatnonzero(dense > 0)
+        scores = random_scores(torch.full((len(active),), latent), torch.from_numpy(chosen[active])).numpy()
+        for token in active[np.argsort(-scores)].tolist():  # the first of each sample stays
+            seen.setdefault(int(sample_of[token]), token)
+        drawn = sorted(list(seen.values())[: made.config.sizes.random], key=lambda token: dense[token])
+        n = len(drawn)
+        ranks = sorted({round(q * (n - 1)) for q in np.linspace(0, 1, QUANTILES)}, reverse=True) if n else []
+        top = {e[0] for e in found["examples"] if e[2] < 0}
+        expected = [
+            (int(sample_of[drawn[rank]]), round(rank / max(1, n - 1), 3), dense[drawn[rank]])
+            for rank in ranks
+            if int(sample_of[drawn[rank]]) not in top
+        ]
+        shown = [e for e in found["examples"] if e[2] >= 0]
+        assert [(e[0], e[2]) for e in shown] == [e[:2] for e in expected]
+        peaks = [dict(zip(e[3], e[4], strict=True))[e[1]] for e in shown]
+        np.testing.assert_allclose(peaks, [e[2] for e in expected], rtol=1e-3)
+
+
+def test_examples_looked_up_in_portions_are_the_same(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_pages, "LOOKED_UP", 1)
+    assert len(list(feature_pages.together(np.ones((LATENTS, 4), int), 99))) == 2
+    write_features(replace(made.config, out=made.folder / "portions"))
+    assert files(made.folder / "portions") == files(made.config.out)
 
 
 def files(folder: Path) -> dict[str, bytes]:

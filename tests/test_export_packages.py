@@ -19,10 +19,19 @@ from tiny_run import save_run
 from transformers import AutoProcessor, LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedModel
 
 from clt.export.run import export_run
+from clt.train.calibrate import calibrate
+from clt.train.checkpoint import load_transcoder
 from clt.train.shape import Shape
 from clt.train.transcoder import CrossLayerTranscoder
 
 HERE = Path(__file__).parent
+DEMO = HERE.parent / "demo"
+sys.path.insert(0, str(DEMO))  # the demo's modules are scripts beside each other, not a package
+
+import llava  # noqa: E402
+import shapes  # noqa: E402
+import train_eyes  # noqa: E402
+
 SHAPE = Shape(
     layers=tuple(range(tiny.LAYERS)),
     d_model=tiny.WIDTH,
@@ -142,6 +151,28 @@ def test_sae_lens_with_a_picture(tmp_path: Path) -> None:
     expected = reference(model, transcoder, inputs, tmp_path / "reference.safetensors")
     export_run(tmp_path / "run", tmp_path / "out", "sae-lens")
     check("sae-lens", tmp_path / "out", tmp_path / "model", expected)
+
+
+def test_sae_lens_runs_the_demo_with_a_picture(tmp_path: Path) -> None:
+    """The same of the demo's LLaVA, which describes the picture: its own run where `make demo` left one."""
+    folder, run = tmp_path / "model", DEMO / "out" / "run"
+    llava.save_llava(folder)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    number = shapes.UNSEEN[7]
+    text = train_eyes.prompt(processor, "Describe the picture.") + shapes.caption(number)
+    inputs = processor(images=shapes.draw(number), text=text, return_tensors="pt")
+    chosen = {name: inputs[name] for name in ("input_ids", "pixel_values")}
+    if run.exists():
+        calibrate(run, tmp_path / "run", caches=(DEMO / "out" / "shapes.cache",), tokens=8192)
+        transcoder = load_transcoder(tmp_path / "run")
+    else:
+        layers = tuple(range(model.config.text_config.num_hidden_layers))
+        width = model.config.text_config.hidden_size
+        transcoder = save_run(tmp_path / "run", replace(SHAPE, layers=layers, d_model=width, n_latents=1152))
+    expected = reference(model, transcoder, chosen, tmp_path / "reference.safetensors")
+    export_run(tmp_path / "run", tmp_path / "out", "sae-lens")
+    check("sae-lens", tmp_path / "out", folder, expected)
 
 
 @pytest.mark.parametrize("activation", ["topk", "groupmax", "relu"])

@@ -1,6 +1,6 @@
 """Which of the demo's 8 colours and 4 shapes have a latent that detects them, after `make demo`.
 
-    python benchmarks/bench_features.py [--figure docs/latents.svg]
+    python benchmarks/bench_latents.py [--figure docs/latents.svg]
 
 A latent is chosen on the run's own training tokens and scored on pictures that neither the demo model's eyes
 nor the run ever saw, which are harvested here. The score is the area under the ROC curve over all patches of
@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "demo"))  # the demo's modules are scripts beside each other, not a package
 
 import shapes  # noqa: E402
+from auc import auc  # noqa: E402
 from data import write_unseen  # noqa: E402
 from draw_latents import Shown, draw  # noqa: E402
 
@@ -152,30 +153,6 @@ def auc_by_layer(run: Path, place: int, *parts: Tokens) -> list[Doubles]:
     for tokens in parts:
         codes = codes_of(run, place, layer, tokens)
         found.append(np.stack([auc(codes, kind, tokens.truth) for kind in (tokens.image, ~tokens.image)]))
-    return found
-
-
-def auc(codes: Codes, chosen: npt.NDArray[np.bool_], truth: npt.NDArray[np.bool_]) -> Doubles:
-    """(latent, word): chance that a true token's activation is above a false one's, ties half; nan without.
-
-    Of the chosen tokens. Only codes are sorted: the other activations are 0, and all of one rank.
-    """
-    token, latent, value = (part.numpy() for part in (codes.tokens, codes.columns, codes.values))
-    mine = chosen[token] & (value > 0)
-    token, latent, value = token[mine], latent[mine], value[mine]
-    order = np.lexsort((value, latent))
-    token, latent = token[order], latent[order]
-    zeros = chosen.sum() - np.bincount(latent, minlength=codes.n_latents)
-    rank = zeros[latent] + 1 + np.arange(len(latent)) - np.searchsorted(latent, latent)
-    n_true = truth[chosen].sum(axis=0)
-    above = np.empty((codes.n_latents, len(n_true)))
-    for word, n in enumerate(n_true.tolist()):
-        true = truth[token, word]
-        with_code = np.bincount(latent, true, minlength=codes.n_latents)
-        ranks = np.bincount(latent, rank * true, minlength=codes.n_latents)
-        above[:, word] = ranks + (n - with_code) * (zeros + 1) / 2 - n * (n + 1) / 2
-    with np.errstate(invalid="ignore"):
-        found: Doubles = above / (n_true * (chosen.sum() - n_true))
     return found
 
 
