@@ -9,7 +9,8 @@ import numpy as np
 from ..cache_format.layout import CHUNK
 from ..train.order import Ints
 from ..train.reader import Batch, read_in_order
-from ..train.source import Rows, Source, default_threads
+from ..train.source import Source, default_threads
+from ..train.stored_rows import Rows
 
 SITE = "mlp_in"
 

@@ -38,10 +38,12 @@ from bench_many_files import add_windows
 from clt.cache_format import CacheWriter, Manifest, open_cache
 from clt.cache_format.codec import decode_chunk
 from clt.cache_format.layout import CHUNK, SITES
+from clt.cache_format.open_shards import InWindow
 from clt.cache_format.summary import summarise_cache
 from clt.train import reader as train_reader
 from clt.train.order import ReadOrder
-from clt.train.source import Rows, Source
+from clt.train.source import Source
+from clt.train.stored_rows import Rows
 
 Array = npt.NDArray[Any]
 LAYERS, WIDTH = 32, 4096
@@ -156,7 +158,7 @@ def limit(setting: Setting) -> Read:
     numbered = list(zip(wanted.tolist(), places.window.tolist(), places.slot.tolist(), strict=True))
     for site, layer in product(SITES, range(LAYERS)):
         for chunk, window, slot in numbered:
-            ((_, shards, _),) = split.fetch(site, layer, [(window, slot, 0)]).wanted
+            ((shards, _),) = split.fetch(site, layer, [InWindow(window, [slot], [0])]).wanted
             stored[site, layer, chunk] = [bytes(shard.stored(slot)) for shard in shards]
 
     def decode(task: tuple[str, int, Array]) -> None:

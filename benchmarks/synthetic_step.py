@@ -8,7 +8,7 @@ import torch
 from clt.cache_format.layout import BLOCK, SITES
 from clt.train.reader import Batch
 from clt.train.shape import Shape
-from clt.train.source import Rows
+from clt.train.stored_rows import Rows
 from clt.train.transcoder import CrossLayerTranscoder, Standardiser, Zeros, pageable_zeros
 
 

@@ -6,7 +6,8 @@ little (a chunk takes ten times as long to decode).
 """
 
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -18,6 +19,7 @@ from . import layout
 from .errors import DamagedCacheError
 from .manifest import Manifest
 from .shard import Shard
+from .small_frames import decode_frames
 
 KEPT = 4096
 """Shards that a process keeps open at most; maps are limited by the system (65,530 on Linux)."""
@@ -27,17 +29,21 @@ SHARE_OF_FILES = 4
 _KEPT: WeakSet[Shard] = WeakSet()
 """Of all splits of the process; they go with their split."""
 
-Place = tuple[int, int, int]
-"""(window, slot, place in the caller's arrays) of a chunk."""
+
+class InWindow(NamedTuple):
+    """Chunks of one window that are wanted, and where they go."""
+
+    window: int
+    slots: list[int]
+    at: list[int]
+    """Their places in the caller's arrays"""
 
 
 class Wanted(NamedTuple):
     """Chunks of one shard, or of a shard of codes and that of their scales."""
 
-    window: int
     shards: list[Shard]
-    slots: list[tuple[int, int]]
-    """(slot, place in the caller's arrays)"""
+    chunks: InWindow
 
 
 class Fetched(NamedTuple):
@@ -50,17 +56,29 @@ class Fetched(NamedTuple):
     def decode(self, codes: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None = None) -> int:
         """Fill the chunks' places in `codes` (token, d_model) and, int8 only, `scale` (token, block).
 
-        How many stored bytes that were.
+        Both contiguous. How many stored bytes that were.
         """
-        arrays, read = [codes] if scale is None else [codes, scale], 0
-        for window, shards, slots in self.wanted:
-            try:
-                for slot, at in slots:
-                    part = slice(at * layout.CHUNK, (at + 1) * layout.CHUNK)
-                    for shard, array in zip(shards, arrays, strict=True):
-                        read += shard.decode(slot, array[part])
-            except DamagedCacheError as fault:
-                raise _named(fault, window, self.where) from fault
+        read = self._decode_each(0, codes)
+        return read if scale is None else read + self._decode_scales(scale)
+
+    def _decode_scales(self, scale: npt.NDArray[np.float16]) -> int:
+        frames, places = [], []
+        for shards, chunks in self.wanted:
+            with _naming(chunks.window, self.where):
+                frames += shards[1].copies(chunks.slots)
+            places += chunks.at
+        if not decode_frames(frames, scale.reshape(-1, layout.CHUNK, scale.shape[1]), places):
+            return self._decode_each(1, scale)  # which names the one that is damaged
+        return sum(map(len, frames))
+
+    def _decode_each(self, nth: int, out: npt.NDArray[Any]) -> int:
+        """One chunk at a time, of the nth shard of each window."""
+        read = 0
+        for shards, (window, slots, at) in self.wanted:
+            with _naming(window, self.where):
+                for slot, place in zip(slots, at, strict=True):
+                    part = slice(place * layout.CHUNK, (place + 1) * layout.CHUNK)
+                    read += shards[nth].decode(slot, out[part])
         return read
 
 
@@ -71,24 +89,19 @@ class OpenShards:
         self._folder, self._split, self._manifest, self._io = str(folder), split, manifest, io
         self._kept: dict[str, Shard] = {}
 
-    def fetch(self, site: str, layer_index: int, places: Iterable[Place], *, ask: bool = True) -> Fetched:
-        """Open the shards of the chunks at `places`; ask: have the system read what will be decoded.
+    def fetch(self, site: str, layer_index: int, wanted: Iterable[InWindow], *, ask: bool = True) -> Fetched:
+        """Open the shards of these chunks; ask: have the system read what will be decoded.
 
         Raises DamagedCacheError with file, window, layer and site.
         """
-        slots: dict[int, list[tuple[int, int]]] = {}
-        for window, slot, at in places:
-            slots.setdefault(window, []).append((slot, at))
         layer = self._manifest.layers[layer_index]
         fetched = Fetched((f"split {self._split}", f"layer {layer}, site {site}"), [])
-        for window, wanted in slots.items():
-            try:
-                shards = [self._open(name) for name in self._names(site, layer_index, window)]
+        for chunks in wanted:
+            with _naming(chunks.window, fetched.where):
+                shards = [self._open(name) for name in self._names(site, layer_index, chunks.window)]
                 for shard in shards if ask else ():
-                    shard.will_need(slot for slot, _ in wanted)
-            except DamagedCacheError as fault:
-                raise _named(fault, window, fetched.where) from fault
-            fetched.wanted.append(Wanted(window, shards, wanted))
+                    shard.will_need(chunks.slots)
+            fetched.wanted.append(Wanted(shards, chunks))
         return fetched
 
     def forget(self) -> None:
@@ -121,6 +134,11 @@ def shards_at_a_time() -> int:
     return KEPT if allowed == resource.RLIM_INFINITY else min(KEPT, allowed // SHARE_OF_FILES)
 
 
-def _named(fault: DamagedCacheError, window: int, where: tuple[str, str]) -> DamagedCacheError:
-    split, layer = where
-    return DamagedCacheError(f"{split}, window {window}, {layer}: {fault}")
+@contextmanager
+def _naming(window: int, where: tuple[str, str]) -> Iterator[None]:
+    """Errors say where in the cache the file belongs."""
+    try:
+        yield
+    except DamagedCacheError as fault:
+        split, layer = where
+        raise DamagedCacheError(f"{split}, window {window}, {layer}: {fault}") from fault

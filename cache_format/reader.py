@@ -21,7 +21,7 @@ from .files import checksum
 from .journal import Journal, WindowEntry, check_windows, read_journal
 from .manifest import Manifest
 from .metadata import ROOT
-from .open_shards import Fetched, OpenShards, Place
+from .open_shards import Fetched, InWindow, OpenShards
 from .statistics import SiteSums, Statistics, group_mask, summarise
 from .stored import missing_files, read_array, read_log, read_site_sums
 from .stored import read_manifest as read_manifest
@@ -154,9 +154,20 @@ class Split:
         """Close the shards that are kept open."""
         self._shards.forget()
 
-    def fetch(self, site: str, layer_index: int, places: Iterable[Place], *, ask: bool = True) -> Fetched:
-        """Open the shards of the chunks at `places`, and ask the system for their bytes; see `OpenShards`."""
-        return self._shards.fetch(site, layer_index, places, ask=ask)
+    def fetch(self, site: str, layer_index: int, wanted: Iterable[InWindow], *, ask: bool = True) -> Fetched:
+        """Open the shards of these chunks, and ask the system for their bytes; see `OpenShards`."""
+        return self._shards.fetch(site, layer_index, wanted, ask=ask)
+
+    def by_window(self, chunks: npt.NDArray[np.int64], at: npt.NDArray[np.int64]) -> list[InWindow]:
+        """The chunks of each window, windows ascending; `at`: where each chunk goes."""
+        windows, slots = self.chunk_places(chunks)[:2]
+        order = np.argsort(windows, kind="stable")
+        edges = np.flatnonzero(np.diff(windows[order])) + 1
+        return [
+            InWindow(int(windows[part[0]]), slots[part].tolist(), at[part].tolist())
+            for part in np.split(order, edges)
+            if len(part)
+        ]
 
     def read(
         self, site: str, *, layers: Sequence[int] | None = None, start: int = 0, stop: int | None = None
@@ -233,7 +244,7 @@ class Split:
         return sums, count
 
     def _values(self, site: str, layer_index: int, window: int, slot: int) -> Floats:
-        chunk = self.fetch(site, layer_index, [(window, slot, 0)], ask=False)
+        chunk = self.fetch(site, layer_index, [InWindow(window, [slot], [0])], ask=False)
         if self.manifest.precision == "bf16":
             bits = np.empty((layout.CHUNK, self.manifest.d_model), np.uint16)
             chunk.decode(bits)

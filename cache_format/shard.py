@@ -9,7 +9,7 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ _ABSENT = np.uint64(2**64 - 1)
 _PLACE = struct.Struct("<QQ")
 _NOWHERE = (2**64 - 1, 2**64 - 1)
 _LOCAL = threading.local()
+
+NEAR = 1 << 16
+"""Bytes between two chunks up to which one call for both costs less than two: scales are small."""
 
 
 def build_shard(chunks: Sequence[bytes], slots: int) -> memoryview:
@@ -110,15 +113,23 @@ class Shard:
         """Stored bytes of chunk `slot`, unchecked; valid until this thread's next call."""
         return self._bytes(*self._place(slot))
 
+    def copies(self, slots: Sequence[int]) -> list[bytes]:
+        """Stored bytes of these chunks, unchecked; in one read where they lie together."""
+        places = [self._place(slot) for slot in slots]
+        first, end = min(start for start, _ in places), max(start + size for start, size in places)
+        if end - first > NEAR:
+            return [bytes(self._bytes(*place)) for place in places]
+        together = self._bytes(first, end - first)
+        return [bytes(together[start - first : start - first + size]) for start, size in places]
+
     def will_need(self, slots: Iterable[int]) -> None:
         """Have the kernel fetch these chunks while others are decoded; costs little where it has them."""
-        for slot in slots:
-            start, size = self._place(slot)
+        for start, end in _joined(self._place(slot) for slot in slots):
             if self._map is None:
-                os.posix_fadvise(self._descriptor, start, size, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
             else:
                 page = start - start % mmap.PAGESIZE
-                self._map.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+                self._map.madvise(mmap.MADV_WILLNEED, page, end - page)
 
     def _place(self, slot: int) -> tuple[int, int]:
         """(offset, bytes) of a chunk, inside the file."""
@@ -147,6 +158,20 @@ class Shard:
             return os.preadv(self._descriptor, [room], start)
         except OSError as fault:
             raise DamagedCacheError(f"{self.path}: cannot be read: {fault.strerror}") from fault
+
+
+def _joined(places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """(start, end) of stretches that hold all of these (start, size), which may be NEAR each other."""
+    begin, end = -1, -1
+    for start, size in sorted(places):
+        if begin < 0:
+            begin = start
+        elif start > end + NEAR:
+            yield begin, end
+            begin = start
+        end = max(end, start + size)
+    if begin >= 0:
+        yield begin, end
 
 
 def _scratch(size: int, spare: int) -> memoryview:

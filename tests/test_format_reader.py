@@ -61,8 +61,7 @@ def test_chunks_decode_to_what_read_gives(tiny: Any, io: str) -> None:
     places = split.chunk_places(chunks)
     codes = np.empty((len(chunks) * CHUNK, 80), np.int8)
     scale = np.empty((len(chunks) * CHUNK, 2), np.float16)
-    where = zip(places.window.tolist(), places.slot.tolist(), range(len(chunks)), strict=True)
-    split.fetch("mlp_out", 1, where).decode(codes, scale)
+    split.fetch("mlp_out", 1, split.by_window(chunks, np.arange(len(chunks)))).decode(codes, scale)
     values = codes * np.repeat(scale.astype(np.float32), 64, axis=1)[:, :80]
     for at, (tokens, start) in enumerate(zip(places.tokens.tolist(), places.start.tolist(), strict=True)):
         first = at * CHUNK

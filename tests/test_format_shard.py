@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clt.cache_format import CacheError, DamagedCacheError
+from clt.cache_format import shard as shard_module
 from clt.cache_format.codec import encode_chunk
 from clt.cache_format.shard import Shard, build_shard
 
@@ -51,6 +52,31 @@ def test_each_chunk_comes_back(put: Callable[[bytes], Path], io: str) -> None:
     shard = Shard(put(DATA), 4, io)
     for slot in (2, 0, 1):
         np.testing.assert_array_equal(decoded(shard, slot), CHUNKS[slot])
+
+
+@IO
+@pytest.mark.parametrize("near", [0, 1 << 16])
+def test_copies_are_the_stored_bytes(
+    put: Callable[[bytes], Path], io: str, near: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any slots in any order, whether they are read together or one by one."""
+    monkeypatch.setattr(shard_module, "NEAR", near)
+    shard = Shard(put(DATA), 4, io)
+    for slots in ([1], [2, 0], [0, 1, 2]):
+        assert shard.copies(slots) == [encode_chunk(CHUNKS[slot]) for slot in slots]
+
+
+@pytest.mark.parametrize(("near", "asked"), [(0, [(0, 1), (2, 3)]), (1 << 16, [(0, 3)])])
+def test_chunks_that_lie_near_are_asked_for_at_once(
+    put: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, near: int, asked: list[tuple[int, int]]
+) -> None:
+    """Neighbours in one call always, others where little lies between them."""
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(shard_module, "NEAR", near)
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: calls.append((start, size)))
+    shard, ends = Shard(put(DATA), 4, "pread"), np.cumsum([0, *(len(encode_chunk(c)) for c in CHUNKS)])
+    shard.will_need([2, 0])
+    assert calls == [(ends[first], ends[end] - ends[first]) for first, end in asked]
 
 
 def test_the_layout_is_zarrs() -> None:

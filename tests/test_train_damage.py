@@ -15,7 +15,8 @@ from planted import write_planted
 from clt.cache_format import DamagedCacheError
 from clt.cache_format.open_shards import Fetched
 from clt.train.reader import Reader
-from clt.train.source import Rows, Source
+from clt.train.source import Source
+from clt.train.stored_rows import Rows
 
 IO = pytest.mark.parametrize("io", ["mmap", "pread"])
 

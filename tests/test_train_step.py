@@ -11,8 +11,8 @@ from torch import Tensor
 from clt.cache_format.layout import SITES
 from clt.train.optimizer import Optimizer
 from clt.train.reader import Batch
-from clt.train.source import Rows
 from clt.train.step import train_step
+from clt.train.stored_rows import Rows
 from clt.train.transcoder import CrossLayerTranscoder
 
 

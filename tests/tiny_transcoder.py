@@ -7,7 +7,7 @@ from clt.cache_format.codec import to_bf16_bits
 from clt.cache_format.layout import SITES
 from clt.train.reader import Batch
 from clt.train.shape import Shape
-from clt.train.source import Rows
+from clt.train.stored_rows import Rows
 from clt.train.transcoder import CrossLayerTranscoder, Standardiser
 
 SHAPE = Shape(layers=(0, 1, 2, 5), d_model=16, n_latents=40, k=4, n_targets=3)

@@ -4,7 +4,7 @@ costs more than to fill it."""
 import sys
 from typing import NamedTuple
 
-from .source import Rows
+from .stored_rows import Rows
 
 
 class _Room(NamedTuple):

@@ -12,9 +12,10 @@ from torch import Tensor
 from ..cache_format.layout import KINDS
 from .exchange import ALONE, Exchange
 from .intervals import GROUPS, group_of, half_width, half_widths
+from .moments import has_variance
 from .reader import Batch, read_in_order
 from .selection import Selection
-from .source import Source, default_threads, has_variance
+from .source import Source, default_threads
 from .transcoder import CrossLayerTranscoder
 
 Doubles = npt.NDArray[np.float64]

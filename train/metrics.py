@@ -12,10 +12,11 @@ from torch import Tensor
 from ..cache_format.layout import KINDS
 from .curves import Curves, Doubles
 from .exchange import ALONE, Exchange
+from .moments import has_variance
 from .order import measured_partners
 from .reader import Batch
 from .selection import Selection
-from .source import Source, has_variance
+from .source import Source
 from .step import StepResult
 from .transcoder import CrossLayerTranscoder
 

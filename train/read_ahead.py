@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from ..cache_format.open_shards import Fetched, Place, shards_at_a_time
+from ..cache_format.open_shards import Fetched, InWindow, shards_at_a_time
 
 FETCHERS = 8
 """Threads that open shards and ask the kernel for chunks before they are decoded; they wait for the disk."""
@@ -20,7 +20,7 @@ class Portion(NamedTuple):
     site: str
     layer: int
     """Place in the buffers"""
-    chunks: list[Place]
+    chunks: list[InWindow]
 
 
 def read_ahead(

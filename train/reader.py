@@ -26,7 +26,8 @@ from ..cache_format.manifest import parse_int
 from .batch_memory import BatchMemory
 from .memory import read_memory
 from .order import Ints, ReadOrder
-from .source import Rows, Source, default_threads
+from .source import Source, default_threads
+from .stored_rows import Rows
 from .window_groups import WindowGroups
 
 _SAME = {

@@ -2,22 +2,19 @@
 
 import copy
 import os
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from functools import cached_property
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..cache_format import Cache, CacheError, Manifest, layout, open_cache
+from ..cache_format import CacheError, Manifest, layout
 from ..cache_format.layout import (
     CHUNK,
-    KINDS,
     SITES,
     n_chunks,
     scale_array,
@@ -25,15 +22,15 @@ from ..cache_format.layout import (
     values_array,
     window_files,
 )
-from ..cache_format.open_shards import KEPT, Fetched, Place
-from ..cache_format.statistics import SiteSums, Statistics, group_mask, summarise
+from ..cache_format.open_shards import KEPT, Fetched, InWindow
+from ..cache_format.statistics import Statistics, group_mask
 from ..remote.staging import Stage, StagedFile
+from .caches import open_caches
+from .moments import group_shares, moments
 from .order import Ints
 from .read_ahead import WINDOWS_AT_ONCE, Portion, read_ahead
 from .selection import Selection
-
-SAME = 1e-6
-"""Tokens whose variance is below this share of the whole's are one vector and its rounding."""
+from .stored_rows import Rows
 
 _FILE_BYTES = 512
 """A file's line in the journal, as Python objects."""
@@ -43,41 +40,6 @@ _SHARD_BYTES = 4096
 
 class NoTokensError(CacheError):
     """A split holds no token, or none that counts."""
-
-
-class Rows(NamedTuple):
-    """Stored numbers of some tokens."""
-
-    codes: dict[str, npt.NDArray[Any]]
-    """by site: (layer, token, d_model) int8, or uint16 holding bf16 bits"""
-    scales: dict[str, npt.NDArray[np.float16]]
-    """by site: (layer, token, block); without meaning for bf16"""
-
-    def room(self, n_tokens: int) -> "Rows":
-        """Uninitialised rows for n_tokens other tokens of the same layers and widths."""
-
-        def like(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return np.empty((array.shape[0], n_tokens, array.shape[2]), array.dtype)
-
-        return Rows(*({site: like(array) for site, array in part.items()} for part in self))
-
-    def copy(self, places: Ints, out: "Rows", start: int, pool: Executor) -> None:
-        """Copy the tokens at `places` to `out`, side by side from `start`; a task for each site and layer."""
-        pairs = [(part[site], to[site]) for part, to in zip(self, out, strict=True) for site in self.codes]
-        tasks = [(array[layer], to[layer]) for array, to in pairs for layer in range(len(array))]
-
-        def gather(task: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> None:
-            array, to = task
-            # places are in range; mode "raise" would copy everything once more
-            np.take(array, places, axis=0, out=to[start : start + len(places)], mode="clip")
-
-        list(pool.map(gather, tasks))
-
-    def take(self, places: Ints, pool: Executor) -> "Rows":
-        """Copies of the tokens at `places`."""
-        out = self.room(len(places))
-        self.copy(places, out, 0, pool)
-        return out
 
 
 class Source:
@@ -94,14 +56,12 @@ class Source:
         stage: Stage | None = None,
     ) -> None:
         """stage: where the caches are on stores; `paths` are its folders then, which fill while reading."""
-        _require_distinct(paths)
         if stage is not None:
             stage.fetch_tables(split)
         self.stage = stage
         self._ahead: list[StagedFile] = []
-        self.caches = [open_cache(path, io=io, check=stage is None) for path in paths]
+        self.caches = open_caches(paths, io=io, check=stage is None)
         self.split, self.selection = split, selection or Selection()
-        _require_same_identity(self.caches)
         self.manifest: Manifest = self.caches[0].manifest
         self.layers = tuple(layers) if layers is not None else self.manifest.layers
         self._layer_indexes = [self.manifest.layer_index(layer) for layer in self.layers]
@@ -254,19 +214,15 @@ class Source:
     def _portions(self, chunks: Ints, sites: Sequence[str]) -> Iterator[Portion]:
         """The chunks of these sites and every layer, by cache and window."""
         owner, local = self._owners(chunks)
-        parts: list[tuple[int, list[Place]]] = []
+        parts: list[tuple[int, list[InWindow]]] = []
         for cache, split in enumerate(self._splits):
             mine = np.flatnonzero(owner == cache)
-            windows, slots = split.chunk_places(local[mine])[:2]
-            by_window: dict[int, list[Place]] = defaultdict(list)
-            for place in zip(windows.tolist(), slots.tolist(), mine.tolist(), strict=True):
-                by_window[place[0]].append(place)
-            ordered = [by_window[window] for window in sorted(by_window)]
-            for first in range(0, len(ordered), WINDOWS_AT_ONCE):
-                parts.append((cache, [*chain(*ordered[first : first + WINDOWS_AT_ONCE])]))
+            windows = split.by_window(local[mine], mine)
+            for first in range(0, len(windows), WINDOWS_AT_ONCE):
+                parts.append((cache, windows[first : first + WINDOWS_AT_ONCE]))
         for site, row in product(sites, range(len(self.own))):
-            for cache, places in parts:
-                yield Portion(cache, site, row, places)
+            for cache, some in parts:
+                yield Portion(cache, site, row, some)
 
     def stored_bytes(self, layers: Sequence[int]) -> int:
         """Of all tokens of the split, in the files of these layers (their places)."""
@@ -302,30 +258,11 @@ class Source:
         """
         chosen = selection or self.selection
         groups = group_mask(chosen.kept_kinds, chosen.sinks) * self._group_shares
-        total, count = None, np.zeros(len(groups), np.int64)
-        for split in self._splits:
-            sums, n = split.sums
-            count = count + n
-            part = sums[site]
-            if total is None:
-                total = SiteSums.zeros(part.sum.shape[1], part.sum.shape[2])
-            total.add(part)
-        assert total is not None
-        whole = summarise(total, count, groups)
-        pick = self._layer_indexes
-        return Statistics(
-            whole.tokens,
-            *(getattr(whole, f)[pick] for f in ("mean", "variance", "rms", "absmax", "noise_fvu")),
-        )
+        return moments(self._splits, site, groups, self._layer_indexes)
 
     @cached_property
     def _group_shares(self) -> npt.NDArray[np.float64]:
-        """(group,): share of it that counts."""
-        group = self.kind + len(KINDS) * self.sink.astype(np.uint8)
-        stored = np.bincount(group, minlength=2 * len(KINDS))
-        left = np.bincount(group, weights=self.chosen, minlength=2 * len(KINDS))
-        shares: npt.NDArray[np.float64] = left / np.maximum(stored, 1)
-        return shares
+        return group_shares(self.kind, self.sink, self.chosen)
 
     def sink_shares(self) -> npt.NDArray[np.float64]:
         """(layer,): share that sinks have in the variance of mlp_out."""
@@ -349,34 +286,7 @@ class Source:
         return distinct
 
 
-def has_variance(part: Statistics, whole: Statistics) -> bool:
-    """Whether the tokens of a part differ from each other: BOS, say, is the same vector every time."""
-    return part.tokens > 1 and bool((part.variance > SAME * whole.variance).all())
-
-
 def default_threads() -> int:
     """One a core, at most 16; of the cores of a machine on which several ranks run, their share."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, min(16, cores))
-
-
-def _require_distinct(paths: Sequence[Path]) -> None:
-    """A cache that is named twice would count twice."""
-    places = [path.resolve() for path in paths]
-    for path, place in zip(paths, places, strict=True):
-        if places.count(place) > 1:
-            raise CacheError(f"expected each cache once, found {path} twice")
-
-
-def _require_same_identity(caches: list[Cache]) -> None:
-    """Caches read as one may differ in their data and in nothing else."""
-    data = {"dataset", "dataset_split", "dataset_fingerprint", "tokens", "max_samples", "image_root", "seed"}
-    data |= {"text_column", "allow_outside", "fetch_urls"}
-    first = caches[0]
-    for other in caches[1:]:
-        lines = first.manifest.differences(other.manifest)
-        differing = [line for line in lines if line.split(":")[0] not in data]
-        if differing:
-            raise CacheError(
-                f"{first.path} and {other.path} cannot be read as one; they differ in: {'; '.join(differing)}"
-            )
