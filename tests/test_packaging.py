@@ -46,7 +46,7 @@ def test_what_the_report_page_needs_ships() -> None:
     files = {path.name for kind in ("css", "js") for path in (ROOT / "train").glob(f"*.{kind}")}
     shipped = set(PROJECT["tool"]["setuptools"]["package-data"]["clt.train"])
     assert files <= shipped
-    assert all((files_of(clt.train) / name).is_file() for name in shipped)
+    assert all((files_of(clt.train) / name).is_file() for name in files)
 
 
 def test_every_c_file_is_built_if_it_can_be() -> None:
@@ -59,7 +59,8 @@ def test_every_c_file_is_built_if_it_can_be() -> None:
         assert package == f"clt.{Path(source).parent}"
         assert (files_of(package) / f"{module}.pyi").is_file()
         assert extension["optional"] is extension["py-limited-api"] is True
-        assert "-ffp-contract=off" in extension["extra-compile-args"], "bits that depend on the processor"
+        fused = "fast" if package == "clt.train" else "off"  # a cache has the same bits on every processor
+        assert f"-ffp-contract={fused}" in extension["extra-compile-args"]
 
 
 def test_only_the_known_modules_lie_at_the_root() -> None:

@@ -1,6 +1,7 @@
 """The step on shapes drawn at random, against dense autograd: values and gradients, in float64."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ from dense_reference import dense_loss
 from tiny_transcoder import joined, make_batch, make_model
 from torch import Tensor
 
+from clt.train import cpu_codes
 from clt.train.config import ACTIVATIONS, TIES, WITH_K
 from clt.train.losses import Extras
 from clt.train.shape import Shape
 from clt.train.step import train_step
+from clt.train.transcoder import CrossLayerTranscoder, Standardiser
 
 
 def any_shape(draw: random.Random) -> Shape:
@@ -43,6 +46,43 @@ def any_extras(draw: random.Random, shape: Shape) -> Extras:
         dead_latents=draw.choice([0.0, 0.01]),
         dead=dead if draw.random() < 0.7 else None,
     )
+
+
+def in_float32(model: CrossLayerTranscoder) -> CrossLayerTranscoder:
+    """The same numbers, rounded; the model gets them too, so that both compute with the same."""
+    sites = [Standardiser(s.mean.float(), s.scale.float()) for s in (model.inputs, model.outputs)]
+    single = CrossLayerTranscoder(model.shape, sites[0], sites[1])
+    for mine, wide in zip(single.state_dict().values(), model.state_dict().values(), strict=True):
+        mine.copy_(wide)
+        wide.copy_(mine)
+    return single
+
+
+@pytest.mark.parametrize("seed", range(0, 40, 2))
+@pytest.mark.parametrize("compiled", [False, True])
+def test_any_shape_in_float32(compiled: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the compiled loops, where they are, and without: the gradients of float64, to rounding."""
+    monkeypatch.setattr(cpu_codes, "COMPILED", compiled and cpu_codes.COMPILED)
+    draw = random.Random(seed)
+    shape = replace(any_shape(draw), d_model=draw.choice([5, 64, 130]))
+    model = make_model(shape, seed)
+    single = in_float32(model)
+    parts = [make_batch(draw.randint(2, 9), draw.randint(0, 99), shape) for _ in range(draw.randint(1, 3))]
+    extras = any_extras(draw, shape)
+    found: dict[tuple[str, int], Tensor] = {}
+
+    def keep(side: str, layer: int, grads: dict[str, Tensor]) -> None:
+        found.update({(name, layer): grad.clone() for name, grad in grads.items()})
+
+    result = train_step(single, parts, keep, extras=extras)
+    losses: dict[str, Any] = dense_loss(model, joined(parts), "cache", extras)
+    total = torch.stack(list(losses.values())).sum()
+    total.backward()
+    assert float(result.loss) == pytest.approx(total.item(), rel=1e-4)
+    for (name, layer), grad in found.items():
+        expected = getattr(model, name)[layer].grad
+        expected = torch.zeros_like(grad) if expected is None else expected
+        assert (grad - expected).norm() <= 1e-3 * max(float(expected.norm()), 1e-4), (name, layer)
 
 
 @pytest.mark.parametrize("seed", range(40))

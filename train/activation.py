@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from . import cpu_codes
 from .sparse import Codes
 
 THRESHOLD_RATE = 0.01
@@ -116,6 +117,8 @@ class JumpRelu(Activation):
 
 def top_k(pre: Tensor, k: int) -> Codes:
     """The k largest of relu(pre), (token, latent); where fewer are positive the rest are zeros."""
+    if cpu_codes.is_compiled(pre):
+        return Codes.rectangle(*cpu_codes.top_k(pre, k), pre.shape[1])
     values, indices = torch.topk(pre, k, dim=-1, sorted=False)
     indices, order = torch.sort(indices, dim=-1)
     return Codes.rectangle(values.gather(-1, order).clamp_(min=0), indices, pre.shape[1])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .config import TrainConfig, lr_rule
+from .cpu_codes import ADVICE, COMPILED
 from .order import perfect_partners, predicted_partners
 from .plan import Plan
 from .ranks import Mesh, imbalance
@@ -29,7 +30,7 @@ def announce(
 ) -> str:
     """One line each on cache, transcoder, plan, learning rate, shuffling and folder; done: steps.
 
-    mesh: of a run of many ranks, which has a line too.
+    mesh: of a run of many ranks, which has a line too. One more where a CPU would be faster with a compiler.
     """
     rows = {
         "cache": _cache(config, source),
@@ -41,6 +42,8 @@ def announce(
     }
     if mesh is not None:
         rows["ranks"] = _ranks(model.shape, mesh)
+    if not COMPILED and model.inputs.mean.device.type == "cpu":
+        rows["warning"] = ADVICE
     return "\n".join(f"{name:<8} {text}" for name, text in rows.items())
 
 

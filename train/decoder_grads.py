@@ -6,11 +6,12 @@ from types import EllipsisType
 import torch
 from torch import Tensor
 
+from .cpu_codes import Tiles
 from .exchange import Exchange
 from .losses import Penalties
 from .micro_batch import MicroBatch
 from .placement import Placement
-from .sparse import Codes
+from .sparse import Codes, rows_of
 from .transcoder import CrossLayerTranscoder, Term
 
 Apply = Callable[[str, int, dict[str, Tensor]], None]
@@ -73,16 +74,17 @@ class DecoderGrads:
         self, grad: Tensor, terms: list[Term], codes: dict[int, Codes], code_grads: dict[int, Tensor]
     ) -> None:
         """Those of W_dec, and of each source's codes."""
+        rows: Tensor | Tiles | None = None
         for term in terms:
             place, weight = (term.layer, term.slot), self.model.term_weight(term)
             whole, add = self.held[term.layer]["W_dec"][term.slot], place in self.written
-            grad = grad.to(weight.dtype)  # bfloat16 rows, where kernels read them
+            rows = rows_of(grad, weight) if rows is None else rows
             if len(term.sources) == 1:
                 source = term.sources[0]
-                codes[source].gradients(grad, weight, whole, code_grads[source], add=add)
+                codes[source].gradients(rows, weight, whole, code_grads[source], add=add)
             else:
                 for source, part in zip(
-                    term.sources, term.merged.gradients(grad, weight, whole, add=add), strict=True
+                    term.sources, term.merged.gradients(rows, weight, whole, add=add), strict=True
                 ):
                     code_grads[source] += part
             self.written.add(place)

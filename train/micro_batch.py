@@ -1,10 +1,13 @@
 """One micro-batch of a step: its values, made when they are asked for, and its codes with their gradients."""
 
+import torch
 from torch import Tensor
 
+from ..cache_format.layout import BLOCK
+from .cpu_codes import is_compiled, standardise
 from .reader import Batch
 from .sparse import Codes
-from .transcoder import CrossLayerTranscoder
+from .transcoder import CrossLayerTranscoder, Standardiser
 
 
 class MicroBatch:
@@ -19,11 +22,16 @@ class MicroBatch:
         self.dead_code_grads: dict[int, Tensor] = {}
 
     def inputs(self, layer: int) -> Tensor:
-        mean = self.model.inputs.mean
-        return self.model.inputs.apply_to(self.batch.values("mlp_in", layer, mean.device, mean.dtype), layer)
+        """Standardised (token, d_model), new."""
+        return self._values("mlp_in", layer, self.model.inputs)
 
     def targets(self, layer: int) -> Tensor:
-        mean = self.model.outputs.mean
-        return self.model.outputs.apply_to(
-            self.batch.values("mlp_out", layer, mean.device, mean.dtype), layer
-        )
+        """Standardised (token, d_model), new."""
+        return self._values("mlp_out", layer, self.model.outputs)
+
+    def _values(self, site: str, layer: int, standardiser: Standardiser) -> Tensor:
+        mean = standardiser.mean
+        codes, steps = self.batch.stored(site, layer)
+        if codes.dtype == torch.int8 and is_compiled(mean) and not codes.is_cuda:
+            return standardise(codes, steps, mean[layer], float(standardiser.scale[layer]), BLOCK)
+        return standardiser.apply_to(self.batch.values(site, layer, mean.device, mean.dtype), layer)

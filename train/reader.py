@@ -70,13 +70,17 @@ class Batch(NamedTuple):
 
         return Batch(Rows(*map(moved, self.rows)), *self[1:])
 
+    def stored(self, site: str, layer_index: int) -> tuple[Tensor, Tensor]:
+        """Codes (token, d_model) and scales (token, block) where they lie; bf16 bits have no scales."""
+        row = layer_index if self.layers is None else self.layers.index(layer_index)
+        return torch.as_tensor(self.rows.codes[site][row]), torch.as_tensor(self.rows.scales[site][row])
+
     def values(self, site: str, layer_index: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """(token, d_model) in model units; codes cross to the device before they become floats."""
-        row = layer_index if self.layers is None else self.layers.index(layer_index)
-        codes = torch.as_tensor(self.rows.codes[site][row], device=device)
+        codes, scale = (part.to(device) for part in self.stored(site, layer_index))
         if codes.dtype == torch.uint16:
             return codes.view(torch.bfloat16).to(dtype)
-        scale = torch.as_tensor(self.rows.scales[site][row], device=device).to(dtype)
+        scale = scale.to(dtype)
         d_model = codes.shape[1]
         if d_model % BLOCK == 0:  # (token, block, BLOCK) times (token, block, 1)
             blocks = codes.to(dtype).view(len(codes), -1, BLOCK)

@@ -1,9 +1,11 @@
 """Codes (the active latents of each token) and the three products a transcoder needs of them.
 
 With A (token, latent) the codes as a matrix: decode A @ W; weight gradient A^T @ G; code gradient (G W^T)
-at A's places. Each is done with sparse matrices in CSR form, whose transpose is built once for a source
-and serves all its targets; cost grows with the number of codes, not with the number of latents. Narrow rows
-are summed as bags instead.
+at A's places. The transpose is built once for a source and serves all its targets; cost grows with the number
+of codes, not with the number of latents.
+
+In float32 on a CPU loops in C do them (`cpu_codes`; a bfloat16 weight is made float32 first), on CUDA
+Triton's kernels (`triton_codes`). Elsewhere torch's sparse matrices in CSR form do, and its bags for narrow rows.
 """
 
 import warnings
@@ -15,6 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
+
+from . import cpu_codes
+from .cpu_codes import Tiles, is_compiled
 
 with warnings.catch_warnings():  # torch says once a process that CSR is in beta; nobody can act on it
     warnings.simplefilter("ignore")
@@ -71,6 +76,10 @@ class Codes:
 
     def decode(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
         """A @ weight: (latent, d) -> (token, d); added to `out` where that is given."""
+        if is_compiled(weight):
+            out = weight.new_zeros(self.n_tokens, weight.shape[1]) if out is None else out
+            cpu_codes.decode((self.starts, self.columns, self.values), weight, out)
+            return out
         return _product(self._matrix, weight, out, add=True)
 
     def weight_grad(self, grad: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
@@ -85,10 +94,16 @@ class Codes:
         return out
 
     def gradients(
-        self, grad: Tensor, weight: Tensor, weight_grad: Tensor, code_grad: Tensor, *, add: bool
+        self, grad: Tensor | Tiles, weight: Tensor, weight_grad: Tensor, code_grad: Tensor, *, add: bool
     ) -> None:
-        """`weight_grad`, written or added, and `code_grad`, added; on a GPU each row of grad is read once."""
-        if on_triton(grad):
+        """`weight_grad`, written or added, and `code_grad`, added; grad: as `rows_of` gives it.
+
+        Kernels read each row of grad once for both.
+        """
+        if isinstance(grad, Tiles):
+            order, written = self.by_latent_order, {"weight": weight, "code_grad": code_grad}
+            cpu_codes.gradients(order, self.values, grad, weight_grad, add=add, **written)
+        elif on_triton(grad):
             from .triton_codes import both_gradients
 
             values = self._transposed_matrix.values()
@@ -101,7 +116,12 @@ class Codes:
         self, pre_grad: Tensor, inputs: Tensor, out: Tensor | None = None, *, add: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Encoder weight (latent, d) and bias (latent,) gradients, from that of pre-activations (code,)."""
-        weight = _product(self._transposed(pre_grad), inputs, out, add)
+        if is_compiled(inputs):
+            weight = inputs.new_empty(self.n_latents, inputs.shape[1]) if out is None else out
+            add = add and out is not None
+            cpu_codes.gradients(self.by_latent_order, pre_grad, cpu_codes.tiled(inputs), weight, add=add)
+        else:
+            weight = _product(self._transposed(pre_grad), inputs, out, add)
         return weight, self.by_latent(pre_grad)
 
     def by_latent(self, values: Tensor) -> Tensor:
@@ -128,6 +148,8 @@ class Codes:
     @cached_property
     def by_latent_order(self) -> tuple[Tensor, Tensor, Tensor]:
         """The transpose's row starts and columns, and the order that sorts codes by latent; all int32."""
+        if cpu_codes.COMPILED and not self.columns.is_cuda:
+            return cpu_codes.transpose(self.starts, self.columns, self.n_latents)
         order = torch.argsort(self.columns, stable=True)
         counts = torch.bincount(self.columns, minlength=self.n_latents)
         starts = torch.zeros(self.n_latents + 1, dtype=torch.int32, device=order.device)
@@ -152,9 +174,20 @@ class Merged(NamedTuple):
     """by source: where its codes lie among these"""
     parts: tuple[Codes, ...]
 
-    def gradients(self, grad: Tensor, weight: Tensor, weight_grad: Tensor, *, add: bool) -> list[Tensor]:
+    def decode(self, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """As `Codes.decode`."""
+        if not is_compiled(weight):
+            return self.codes.decode(weight, out)
+        for part in self.parts:  # loops want ascending latents
+            out = part.decode(weight, out)
+        assert out is not None
+        return out
+
+    def gradients(
+        self, grad: Tensor | Tiles, weight: Tensor, weight_grad: Tensor, *, add: bool
+    ) -> list[Tensor]:
         """`weight_grad`, written or added; by source, the gradients of its own codes."""
-        if on_triton(grad):
+        if isinstance(grad, Tiles) or on_triton(grad):
             found = torch.zeros_like(self.codes.values)
             self.codes.gradients(grad, weight, weight_grad, found, add=add)
             return self.split(found)
@@ -182,6 +215,11 @@ def merge(parts: Sequence[Codes]) -> Merged:
     order[torch.cat(places)] = torch.arange(len(columns), device=starts.device)
     merged = Codes(starts, columns[order], values[order], parts[0].n_latents)
     return Merged(merged, tuple(places), tuple(parts))
+
+
+def rows_of(grad: Tensor, weight: Tensor) -> Tensor | Tiles:
+    """Gradient rows (token, d) as `gradients` wants them for weights like this one, in what it is kept in."""
+    return cpu_codes.tiled(grad) if is_compiled(weight) and is_compiled(grad) else grad.to(weight.dtype)
 
 
 def _csr(starts: Tensor, columns: Tensor, values: Tensor, size: tuple[int, int]) -> Tensor:

@@ -180,7 +180,7 @@ class _AuxK:
         terms = self.model.terms(part.dead_codes, target)
         left = error.clone()
         for term in terms:
-            left = term.merged.codes.decode(self.model.term_weight(term), left)
+            left = term.merged.decode(self.model.term_weight(term), left)
         self.values["auxk"] += left.square().sum() * weight
         grad = left.mul_(2 * weight)
         decoders.add_terms(grad, terms, part.dead_codes, part.dead_code_grads)

@@ -213,7 +213,7 @@ class CrossLayerTranscoder(nn.Module):
         """Standardised output (token, d_model) of a target, without its skip."""
         out: Tensor = self.b_dec[target].repeat(terms[0].merged.codes.n_tokens, 1)
         for term in terms:
-            term.merged.codes.decode(self.term_weight(term), out)
+            term.merged.decode(self.term_weight(term), out)
         return out
 
     def term_weight(self, term: Term) -> Tensor:

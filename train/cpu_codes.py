@@ -1,0 +1,110 @@
+"""The products of codes on a CPU, in compiled loops (codes.c); torch does them where there was no compiler.
+
+Each sum has one order: results do not depend on the number of threads, which is torch's.
+"""
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+COMPILED = find_spec(f"{__package__}._codes") is not None
+ADVICE = (
+    "the compiled loops of the step are missing, torch does their work, more slowly; "
+    "install a C compiler and Python's headers, then this package again"
+)
+TILE = 64
+"""Channels that are looked at together"""
+
+
+class Tiles(NamedTuple):
+    """Rows of tokens, cut into tiles of channels, for `gradients`."""
+
+    values: Tensor
+    """(tile, token, TILE), zeros behind the last channel"""
+    width: int
+
+
+def is_compiled(tensor: Tensor) -> bool:
+    """Whether compiled loops do the products of rows like these: float32, on a CPU."""
+    return COMPILED and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def decode(codes: tuple[Tensor, Tensor, Tensor], weight: Tensor, out: Tensor) -> None:
+    """out (token, d) += codes (starts, columns, values) times weight (latent, d)."""
+    from ._codes import decode
+
+    decode(*map(_array, codes), _array(weight), _array(out), out.shape[1], torch.get_num_threads())
+
+
+def tiled(rows: Tensor) -> Tiles:
+    """The same numbers, tile after tile: rows (token, d)."""
+    from ._codes import tiled
+
+    n_rows, width = rows.shape
+    tiles = rows.new_empty(-(-width // TILE), n_rows, TILE)
+    tiled(_array(rows.contiguous()), _array(tiles), width, torch.get_num_threads())
+    return Tiles(tiles, width)
+
+
+def gradients(
+    by_latent: tuple[Tensor, Tensor, Tensor],
+    values: Tensor,
+    rows: Tiles,
+    weight_grad: Tensor,
+    *,
+    add: bool,
+    weight: Tensor | None = None,
+    code_grad: Tensor | None = None,
+) -> None:
+    """Weight gradient A^T @ rows (latent, d), written or added; with `weight` (latent, d), in the same pass,
+    `code_grad` (code,), added.
+
+    by_latent: the transpose's starts and tokens, and the place of each of its entries among the codes.
+    """
+    from ._codes import gradients
+
+    arrays = map(_array, (*by_latent, values, rows.values, weight_grad))
+    also = [_array(tensor) for tensor in (weight, code_grad) if tensor is not None]
+    gradients(*arrays, rows.width, add, torch.get_num_threads(), *also)
+
+
+def transpose(starts: Tensor, columns: Tensor, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes by latent: row starts and tokens of the transpose, and where each of its entries was; int32."""
+    from ._codes import transpose
+
+    found = starts.new_empty(n_latents + 1), torch.empty_like(columns), torch.empty_like(columns)
+    transpose(_array(starts), _array(columns), *map(_array, found))
+    return found
+
+
+def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and int32 latents (token, k) of the k largest of relu(pre) (token, latent), latents ascending.
+
+    Of equal ones those of the lower latents; a NaN is above all.
+    """
+    from ._codes import top_k
+
+    rows, width = pre.shape
+    columns, values = torch.empty(rows, k, dtype=torch.int32), pre.new_empty(rows, k)
+    top_k(_array(pre.contiguous()), _array(columns), _array(values), width, k, torch.get_num_threads())
+    return values, columns
+
+
+def standardise(codes: Tensor, steps: Tensor, mean: Tensor, scale: float, block: int) -> Tensor:
+    """(codes * steps - mean) / scale: int8 (token, d) in blocks with a step each (token, d / block)."""
+    from ._codes import standardise
+
+    out = mean.new_empty(codes.shape)
+    arrays = map(_array, (codes.contiguous(), steps.float().contiguous(), mean.contiguous(), out))
+    standardise(*arrays, scale, block, torch.get_num_threads())
+    return out
+
+
+def _array(tensor: Tensor) -> npt.NDArray[np.generic]:
+    assert tensor.is_contiguous(), tensor.stride()
+    array: npt.NDArray[np.generic] = tensor.detach().numpy()
+    return array
