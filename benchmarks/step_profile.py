@@ -7,16 +7,22 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from clt.train import sparse
+from clt.train import cpu_codes, sparse
 
 KINDS = {
     "matrix products": ("aten::addmm", "aten::mm"),
-    "sparse products": ("aten::sparse_sampled_addmm", "aten::embedding_bag"),
-    "top-k": ("aten::topk",),
+    "sparse products": ("aten::sparse_sampled_addmm", "aten::embedding_bag", "decode", "gradients"),
+    "top-k": ("aten::topk", "top_k"),
     "optimiser": ("aten::_fused_adam_",),
 }
-"""Operations of each kind, with what they call. A product with a CSR matrix is an aten::addmm too."""
+"""Operations of each kind, with what they call; `cpu_codes`' by their names there. A product with a CSR matrix
+is an aten::addmm too."""
 SPARSE = "sparse product"
+NAMED = [
+    (sparse, "_product", SPARSE),
+    *((cpu_codes, name, name) for name in ("decode", "gradients", "top_k")),
+]
+"""What the profiler does not see, and the name that it gets: (module, function, name)"""
 
 
 def report(step: Callable[[], object]) -> None:
@@ -33,7 +39,7 @@ def report(step: Callable[[], object]) -> None:
 
 def shares(step: Callable[[], object]) -> dict[str, float]:
     """Of the calling thread's time in one step; they add up to 1."""
-    with _sparse_products_named(), profile(activities=[ProfilerActivity.CPU]) as trace:
+    with _named(), profile(activities=[ProfilerActivity.CPU]) as trace:
         step()
     times: dict[str, float] = defaultdict(float)
     for event in trace.events() or ():
@@ -56,16 +62,21 @@ def _kind(event: Any) -> str:
 
 
 @contextmanager
-def _sparse_products_named() -> Iterator[None]:
-    """Within, what multiplies by a CSR matrix says so to the profiler."""
-    product = sparse._product
+def _named() -> Iterator[None]:
+    """Within, the functions of NAMED tell the profiler that they run."""
+    plain = [getattr(module, function) for module, function, _ in NAMED]
 
-    def named(*arguments: Any, **named_arguments: Any) -> Any:
-        with record_function(SPARSE):
-            return product(*arguments, **named_arguments)
+    def named(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def recorded(*arguments: Any, **named_arguments: Any) -> Any:
+            with record_function(name):
+                return call(*arguments, **named_arguments)
 
-    sparse._product = named
+        return recorded
+
+    for (module, function, name), call in zip(NAMED, plain, strict=True):
+        setattr(module, function, named(call, name))
     try:
         yield
     finally:
-        sparse._product = product
+        for (module, function, _), call in zip(NAMED, plain, strict=True):
+            setattr(module, function, call)

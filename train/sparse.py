@@ -5,7 +5,8 @@ at A's places. The transpose is built once for a source and serves all its targe
 of codes, not with the number of latents.
 
 In float32 on a CPU loops in C do them (`cpu_codes`; a bfloat16 weight is made float32 first), on CUDA
-Triton's kernels (`triton_codes`). Elsewhere torch's sparse matrices in CSR form do, and its bags for narrow rows.
+Triton's kernels (`triton_codes`). Elsewhere torch's sparse matrices in CSR form do, and its bags for
+narrow rows.
 """
 
 import warnings
