@@ -1,15 +1,17 @@
 """`clt info` and `clt verify`: what a cache holds, and whether it is whole."""
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..remote.address import remote_address
 from .answers import FAULTY, AsJson, answer
 
 
 def info(
-    cache: Annotated[Path, typer.Argument(help="folder of a cache")],
+    cache: Annotated[Path, typer.Argument(help="folder of a cache, or s3://bucket/folder and the like")],
     token: Annotated[
         int | None, typer.Option(help="where this token comes from, counted in the order on disk")
     ] = None,
@@ -24,6 +26,15 @@ def info(
     from ..cache_format.summary import render_summary, summarise_cache
     from ..progress import Progress
 
+    if address := remote_address(cache):
+        if token is not None:
+            raise ValueError(f"--token needs a cache's files; `clt pull {address} FOLDER` brings them")
+        from ..remote.staging import open_described
+
+        with tempfile.TemporaryDirectory() as folder:
+            summary = summarise_cache(open_described(address, Path(folder)))
+        answer(as_json, summary, render_summary(summary, address))
+        return
     opened = open_cache(cache, check=False)
     if token is not None:
         from ..cache_format.provenance import trace_token
@@ -48,6 +59,11 @@ def verify(
     from ..cache_format import open_cache, verify_cache
     from ..progress import Progress
 
+    if address := remote_address(cache):
+        raise ValueError(
+            f"expected the folder of a cache, found {address}; `clt pull {address} FOLDER` copies it and "
+            "checks every file on the way"
+        )
     opened = open_cache(cache, check=False)  # a folder that is no cache is a wrong argument, not a fault
     with Progress("verify", total=opened.n_files, unit="files") as progress:
         faults = verify_cache(opened, full, progress.add)

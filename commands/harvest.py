@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..harvest.config import HarvestConfig
+from ..remote.address import name_of
 from ..stopping import stop_on_signals
 from .answers import AsJson, answer, names
 
@@ -97,7 +98,7 @@ def harvest_command(
         report = harvest(config)
     whose = f"rank {config.rank} of {config.world_size}: " if config.world_size > 1 else ""
     text = ", ".join(f"{n} tokens in {name}" for name, n in report.tokens.items())
-    lines = [f"{whose}{cache} is complete: {text}; {report.rejected} samples rejected"]
+    lines = [f"{whose}{name_of(cache)} is complete: {text}; {report.rejected} samples rejected"]
     for name, kinds in report.kinds.items():
         lines.append(f"  {name}: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
     if spent := sum(report.seconds.values()):

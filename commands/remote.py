@@ -10,7 +10,10 @@ from ..stopping import stop_on_signals
 from .answers import AsJson, answer
 
 Layers = Annotated[str | None, typer.Option(help="0-31, 0,4,8 or 0-31:4 [default: all]")]
-Windows = Annotated[int | None, typer.Option(help="the first so many of each split [default: all]")]
+Windows = Annotated[
+    int | None,
+    typer.Option(help="the first N of each split, as statistics are sums from the first on [default: all]"),
+]
 Workers = Annotated[int, typer.Option(help="files on their way at a time")]
 
 
@@ -53,7 +56,7 @@ def _copy(
         raise ValueError(f"--windows: expected at least 1, found {windows}")
     if threads < 1:
         raise ValueError(f"--threads: expected at least 1, found {threads}")
-    from ..remote.address import remote_address
+    from ..remote.address import name_of, remote_address
     from ..remote.copying import copy_cache, place_of
 
     far = target if verb == "push" else origin
@@ -70,7 +73,7 @@ def _copy(
             progress=lambda size: bar.add(size),
         )
     text = (
-        f"{target}: {copied.windows} windows of {len(copied.layers)} layers; {copied.files} files "
+        f"{name_of(target)}: {copied.windows} windows of {len(copied.layers)} layers; {copied.files} files "
         f"({copied.bytes / 1e6:.1f} MB) copied and checked, {copied.kept} were there already"
     )
     answer(as_json, copied._asdict(), text)

@@ -89,14 +89,14 @@ def harvest(config: HarvestConfig) -> HarvestReport:
     """Run the model over the dataset and store what its MLPs read and wrote."""
     rows = open_rows(config.dataset, config.split)
     say_columns(rows, config)
-    model = load_model(config)
     address = remote_address(config.cache)
     if address is None:
-        return harvest_rows(config, rows, model)
+        return harvest_rows(config, rows, load_model(config))
     folder = (config.stage_dir or Path("staged")) / folder_name(address)
     local = replace(config, cache=folder, uploads=True)
+    # the store is met before the model is loaded, which takes minutes
     with Upload(address, folder, config.rank, int(config.stage_gb * 1e9)) as upload:
-        report = harvest_rows(local, rows, model, upload.wait_for_room)
+        report = harvest_rows(local, rows, load_model(config), upload.wait_for_room)
         upload.finish()
     return report
 

@@ -127,6 +127,8 @@ def copy_cache(
     Every file is checked against the journal on arrival. begin is told the bytes to copy, progress how many
     more were. Raises CacheError where the target is another cache.
     """
+    if isinstance(target, Store):
+        target.require_writable()
     with tempfile.TemporaryDirectory() as folder:
         whole = open_from(origin, Path(folder))
         part = Part(whole, layout.parse_layers(layers, whole.manifest.layers), windows)

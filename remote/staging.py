@@ -148,9 +148,32 @@ class Stage:
         return found
 
 
-def _tables(cache: Cache, entry: WindowEntry) -> list[str]:
+def open_described(address: str, into: Path) -> Cache:
+    """A cache on a store as `clt info` tells of it: journals, statistics, kinds and what was rejected come to
+    the folder `into`, and no shard."""
+    store = Store(address)
+    cache = open_from(store, into)
+
+    def fetch(name: str, entry: FileEntry) -> None:
+        path = into / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, store.get(name, FileCheck(entry)))
+
+    wanted = {
+        name: entry.files[name] for entry in cache.windows for name in _tables(cache, entry, ("kind", "sink"))
+    }
+    with ThreadPoolExecutor(THREADS, "clt-info") as pool:
+        list(pool.map(fetch, wanted.keys(), wanted.values()))
+    for rank, journal in enumerate(cache.journals):
+        if size := journal.logs[1].size:
+            name = layout.log_name(layout.REJECTED, rank)
+            write_file(into / name, store.get(name)[:size])
+    return cache
+
+
+def _tables(cache: Cache, entry: WindowEntry, columns: Sequence[str] = COLUMNS) -> list[str]:
     """Files of a window that a reader wants whole."""
-    names = [layout.token_array(entry.split, column) for column in COLUMNS]
+    names = [layout.token_array(entry.split, column) for column in columns]
     wanted = [layout.window_file(name, entry.window, 1) for name in names]
     world = cache.manifest.world_size
     last = max(e.window for e in cache[entry.split].entries if e.window % world == entry.window % world)

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from ..cache_format.errors import CacheError, DamagedCacheError
 from ..cache_format.files import checksum
 from ..cache_format.journal import FileEntry
 from ..stopping import StopRequested
+from .faults import first_line, lacks_credentials, no_bucket, way_in, wrong_region
 
 T = TypeVar("T")
 
@@ -33,6 +34,9 @@ class Patience(NamedTuple):
 
 
 PATIENCE = Patience()
+ALLOW_HTTP = {"s3": "AWS_ALLOW_HTTP", "gs": "GOOGLE_ALLOW_HTTP", "az": "AZURE_ALLOW_HTTP"}
+"""By scheme: the variable that permits a server without TLS."""
+READ_ONLY = ("https", "http", "hf")
 SAID_AT = 3
 """Attempts after which the user is told that there are more."""
 
@@ -74,6 +78,12 @@ class Store:
         self._obstore, self._objects = _open(address, patience)
         self.bytes_read = 0
         """Bytes of bodies that were kept; for reports, not exact under threads"""
+        self._answered = False
+
+    def require_writable(self) -> None:
+        """CacheError where the address can be read only."""
+        if self.address.partition(":")[0] in READ_ONLY:
+            raise CacheError(f"{self.address} can be read only; expected s3://, gs:// or az:// to write to")
 
     def get(self, name: str, check: Check | None = None) -> bytes:
         """The whole object; tried again where `check` raises CacheError.
@@ -119,33 +129,63 @@ class Store:
         fault: Exception | None = None
         for attempt in range(self._patience.attempts):
             if attempt == SAID_AT:
-                print(f"{self.address}: {verb} of {name} fails ({_first(fault)}); trying on", file=sys.stderr)
+                said = f"{self.address}: {verb} of {name} fails ({first_line(fault)}); trying on"
+                print(said, file=sys.stderr)
             if attempt:
                 wait = min(self._patience.longest_wait, self._patience.first_wait * 2 ** (attempt - 1))
                 time.sleep(wait * (0.5 + random.random() / 2))
             StopRequested.check()
             try:
-                return act()
+                found = act()
+                self._answered = True
+                return found
             except FileNotFoundError as missing:
-                if verb != "get":
-                    raise CacheError(f"{self.address}: there is no such bucket ({_first(missing)})") from None
-                raise MissingError(f"{self.address} has no object {name}; expected a cache there") from None
+                self._raise_missing(verb, name, missing)
             except (errors.PermissionDeniedError, errors.UnauthenticatedError) as refused:
                 raise CacheError(
-                    f"{self.address}: access to {name} was refused; set the store's credentials, such as "
-                    f"AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY ({_first(refused)})"
+                    f"{self.address}: access to {name} was refused; {way_in(self.address)} "
+                    f"({first_line(refused)})"
                 ) from refused
             except (errors.BaseError, OSError, _SpoiltError) as tried:
                 fault = tried
+                self._raise_hopeless(verb, fault, attempt)
         assert fault is not None
         if isinstance(fault, _SpoiltError):
             raise DamagedCacheError(
                 f"{self.address}/{name}: {fault}, in {self._patience.attempts} attempts; push it again"
             )
+        way_out = (
+            "run again when the store answers, what was done is kept"
+            if self._answered
+            else "check the address, the network, and the endpoint if you have set one"
+        )
         raise UnreachableError(
             f"{self.address}: could not {verb} {name} in {self._patience.attempts} attempts "
-            f"({_first(fault)}); run again when the store answers, what was done is kept"
+            f"({first_line(fault)}); {way_out}"
         ) from fault
+
+    def _raise_missing(self, verb: str, name: str, missing: Exception) -> NoReturn:
+        if verb == "get":
+            raise MissingError(
+                f"{self.address} has no object {name}; expected a cache there, check the address"
+            ) from None
+        raise CacheError(
+            f"{self.address}: there is no such bucket; create it, or check its name"
+        ) from missing
+
+    def _raise_hopeless(self, verb: str, fault: Exception, attempt: int) -> None:
+        """CacheError where waiting does not help. A machine's own credentials may be late, but only once."""
+        if verb == "list" and no_bucket(fault):
+            self._raise_missing(verb, "", fault)
+        if wrong_region(fault):
+            raise CacheError(
+                f"{self.address}: the bucket lies in another region; set AWS_REGION ({first_line(fault)})"
+            ) from fault
+        if lacks_credentials(fault) and attempt and not self._answered:
+            raise CacheError(
+                f"{self.address}: expected credentials, found none in the environment and none of this "
+                f"machine; {way_in(self.address)}"
+            ) from fault
 
 
 def _open(address: str, patience: Patience) -> tuple[Any, Any]:
@@ -160,7 +200,8 @@ def _open(address: str, patience: Patience) -> tuple[Any, Any]:
         "read_timeout": timedelta(seconds=patience.silence),
         "timeout": timedelta(hours=1),  # silence is what counts; a large shard may take its time
         "connect_timeout": timedelta(seconds=min(10.0, patience.silence)),
-        "allow_http": address.startswith("http://") or os.environ.get("AWS_ALLOW_HTTP") == "true",
+        "allow_http": address.startswith("http://")
+        or os.environ.get(ALLOW_HTTP.get(address.partition(":")[0], "")) == "true",
     }
     if headers:
         options["default_headers"] = headers
@@ -168,7 +209,7 @@ def _open(address: str, patience: Patience) -> tuple[Any, Any]:
         settings: dict[str, Any] = {"client_options": options, "retry_config": {"max_retries": 0}}
         objects = obstore.store.from_url(address, **settings)
     except (ValueError, obstore.exceptions.BaseError) as fault:
-        raise CacheError(f"{address}: {_first(fault)}") from fault
+        raise CacheError(f"{address}: {first_line(fault)}; {way_in(address)}") from fault
     return obstore, objects
 
 
@@ -191,8 +232,3 @@ def _errors() -> Any:
     from obstore import exceptions
 
     return exceptions
-
-
-def _first(fault: BaseException | None) -> str:
-    """The first line of an error that has many."""
-    return str(fault).strip().partition("\n")[0][:300]

@@ -33,6 +33,7 @@ class Upload:
 
     def __init__(self, address: str, folder: Path, rank: int, bound: int, threads: int = THREADS) -> None:
         self.store, self.folder, self.rank, self.bound = Store(address), folder, rank, bound
+        self.store.require_writable()
         self._threads = threads
         self._path = folder / layout.log_name(layout.JOURNAL, rank)
         self._journal = Journal(self._path)
@@ -69,7 +70,7 @@ class Upload:
         self._look()
         self._send_all()
         self._commit(self._path.read_bytes())
-        self._describe()
+        self._describe_last()
         there = self.store.sizes()
         files = ((name, file) for entry in read_on(Journal(self._path)) for name, file in entry.files.items())
         wrong = [name for name, file in files if there.get(name) != file.size]
@@ -165,12 +166,21 @@ class Upload:
     def _commit(self, text: bytes) -> None:
         self.store.put(layout.log_name(layout.JOURNAL, self.rank), text)
 
-    def _describe(self) -> None:
-        """Zarr's documents, of what all writers have sent."""
+    def _describe(self) -> bytes:
+        """Put Zarr's documents, of what all writers have sent; all of them as one text."""
         with tempfile.TemporaryDirectory() as into:
             far = open_from(self.store, Path(into))
-        for name, data in documents(far.manifest, extents_of(far.manifest, far.windows)).items():
+        found = documents(far.manifest, extents_of(far.manifest, far.windows))
+        for name, data in found.items():
             self.store.put(name, data)
+        return b"".join(found.values())
+
+    def _describe_last(self) -> None:
+        """Until nothing was committed while the documents were put: of two writers that end at the same time
+        the slower one would leave what it knew before."""
+        before, now = None, self._describe()
+        while now != before and read_manifest(self.folder).world_size > 1:
+            before, now = now, self._describe()
 
     def _free(self, entry: WindowEntry) -> None:
         """Delete what is up; a writer that goes on needs the last statistics of each split."""

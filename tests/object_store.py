@@ -1,7 +1,15 @@
-"""An S3 server in a process of its own, and a proxy before it that does what networks do."""
+"""An S3 server in a process of its own, a proxy before it that does what networks do, and a web server.
 
+Google's stores are asked in the words of S3 (its XML interface), so the same server answers for gs://.
+"""
+
+import datetime
+import functools
+import ipaddress
+import json
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -10,8 +18,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import pytest
 
@@ -19,11 +29,15 @@ BUCKET = "bucket"
 FAULTS = ("unavailable", "cut", "short", "altered", "slow")
 """503; the connection closed in the middle of a body; a body that ends early and says so; one wrong byte; and
 no answer for a while."""
+ELSEWHERE = "elsewhere"
+"""What S3 says of a bucket in another region: a redirect to no place."""
+SIGNED = "AWS4-HMAC-SHA256 Credential=a/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+"""A signature, which moto does not check."""
 SLOW = 0.8
 """Seconds"""
 
 Fault = Callable[[str, str, int], str | None]
-"""(method, path, which request for that path, from 0) -> one of FAULTS, or None."""
+"""(method, path, which request for that path, from 0) -> one of FAULTS, ELSEWHERE, or None."""
 
 
 class Request(NamedTuple):
@@ -32,10 +46,13 @@ class Request(NamedTuple):
     fault: str | None
 
 
-class Proxy(ThreadingHTTPServer):
-    """Hands requests on, and spoils the answers that `fault` names."""
-
+class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # of 5, those that come at once are refused and try again a second later
+
+
+class Proxy(_Server):
+    """Hands requests on, and spoils the answers that `fault` names."""
 
     def __init__(self, behind: int) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -70,16 +87,19 @@ class _Handler(BaseHTTPRequestHandler):
 
     def handle_request(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.server.note(self.command, self.path.partition("?")[0])
+        fault = self.server.note(self.command, unquote(self.path.partition("?")[0]))
         if fault == "slow":
             time.sleep(SLOW)
-        if fault == "unavailable":
-            self.send_response(503)
+        if fault in ("unavailable", ELSEWHERE):
+            self.send_response(503 if fault == "unavailable" else 301)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
         behind = HTTPConnection("127.0.0.1", self.server.behind)
-        behind.request(self.command, self.path, body, dict(self.headers.items()))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        if not headers.get("authorization", "").startswith("AWS4"):  # Google's; the server knows S3's alone
+            headers["authorization"] = SIGNED
+        behind.request(self.command, self.path, body, headers)
         answer = behind.getresponse()
         data, length = answer.read(), answer.getheader("Content-Length")
         behind.close()
@@ -118,8 +138,12 @@ def free_port() -> int:
 
 
 def settings(port: int) -> dict[str, str]:
-    """The environment in which obstore speaks to a server on loopback."""
+    """The environment in which obstore speaks to a server on loopback, for s3:// and gs://."""
+    google = {"gcs_base_url": f"http://127.0.0.1:{port}", "disable_oauth": True}
+    google |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
     return {
+        "GOOGLE_SERVICE_ACCOUNT_KEY": json.dumps(google),
+        "GOOGLE_ALLOW_HTTP": "true",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
         "AWS_ACCESS_KEY_ID": "someone",
         "AWS_SECRET_ACCESS_KEY": "something",
@@ -162,3 +186,55 @@ def s3_server() -> Iterator[int]:
     finally:
         server.kill()
         server.wait()
+
+
+class FolderHandler(SimpleHTTPRequestHandler):
+    """Gives the files of a folder, and says nothing."""
+
+    def log_message(self, *what: object) -> None:
+        pass
+
+
+@contextmanager
+def web_server(
+    folder: Path, certificate: Path | None = None, handler: type[FolderHandler] = FolderHandler
+) -> Iterator[str]:
+    """Any web server with a folder behind it, without a listing; its address, https with a certificate."""
+    with _Server(("127.0.0.1", 0), functools.partial(handler, directory=str(folder))) as server:
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"{'https' if certificate else 'http'}://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def write_certificate(path: Path) -> Path:
+    """Of localhost, signed by itself, with its key in the same file."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - day)
+        .not_valid_after(now + day)
+        .add_extension(x509.SubjectAlternativeName(hosts), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    path.write_bytes(certificate.public_bytes(pem) + secret)
+    return path

@@ -1,6 +1,7 @@
 """Push and pull against a real S3 server, through a proxy that spoils answers: whole copies, or a refusal."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -10,9 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import TinyCache
-from object_store import BUCKET, FAULTS, Proxy, s3_server, spoiling_proxy
+from object_store import (
+    BUCKET,
+    ELSEWHERE,
+    FAULTS,
+    FolderHandler,
+    Proxy,
+    free_port,
+    s3_server,
+    spoiling_proxy,
+    web_server,
+    write_certificate,
+)
 
 from clt.cache_format import CacheError, DamagedCacheError, open_cache, verify_cache
+from clt.remote import faults
 from clt.remote.address import remote_address
 from clt.remote.copying import Folder, copy_cache
 from clt.remote.store import Patience, Store, UnreachableError
@@ -185,23 +198,17 @@ def test_a_copy_that_was_killed_goes_on(make_cache: Make, proxy: Proxy, address:
     assert files(back) == tiny.files()
 
 
-def test_plain_http_is_a_source(make_cache: Make, tmp_path: Path) -> None:
-    """A folder behind any web server, without a listing."""
-    import functools
-    import threading
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *what: object) -> None:
-            pass
-
-    tiny = make_cache()
-    handler = functools.partial(Quiet, directory=str(tiny.path.parent))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        store = Store(f"http://127.0.0.1:{server.server_address[1]}/{tiny.path.name}", QUICK)
-        copy_cache(store, Folder(tmp_path / "back"))
-        server.shutdown()
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_web_server_is_a_source(
+    secure: bool, make_cache: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder behind any, without a listing."""
+    tiny, certificate = make_cache(), None
+    if secure:
+        certificate = write_certificate(tmp_path / "certificate.pem")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with web_server(tiny.path.parent, certificate) as address:
+        copy_cache(Store(f"{address}/{tiny.path.name}", QUICK), Folder(tmp_path / "back"))
     assert files(tmp_path / "back") == tiny.files()
 
 
@@ -209,14 +216,11 @@ def test_a_hugging_face_dataset_is_a_source(
     make_cache: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files lie at /datasets/USER/NAME/resolve/REVISION/ and lead elsewhere; the token goes along."""
-    import threading
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
     from huggingface_hub import constants
 
     tiny, tokens = make_cache(), set()
 
-    class Hub(SimpleHTTPRequestHandler):
+    class Hub(FolderHandler):
         def send_head(self) -> object:
             prefix = "/datasets/someone/caches/resolve/v2/sub/"
             if self.path.startswith(prefix):
@@ -229,19 +233,11 @@ def test_a_hugging_face_dataset_is_a_source(
             self.path = self.path.removeprefix("/cdn")
             return super().send_head()
 
-        def log_message(self, *what: object) -> None:
-            pass
-
-    def serve(*arguments: object) -> Hub:
-        return Hub(*arguments, directory=str(tiny.path))
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), serve) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+    with web_server(tiny.path, handler=Hub) as address:
+        monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setenv("HF_TOKEN", "hf_something")
         store = Store("hf://datasets/someone/caches@v2/sub", QUICK)
         copy_cache(store, Folder(tmp_path / "back"))
-        server.shutdown()
     assert files(tmp_path / "back") == tiny.files()
     assert tokens == {"Bearer hf_something"}
 
@@ -270,6 +266,64 @@ def test_addresses() -> None:
         (Path("/s3:/bucket"), None),
     ):
         assert remote_address(text) == expected
+
+
+def refusal(address: str, monkeypatch: pytest.MonkeyPatch, **environment: str) -> str:
+    """What a pull of it says, where the environment has no credentials but these."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_", "HF_"))]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CacheError) as found:
+        copy_cache(Store(address, QUICK), Folder(Path("nowhere")))
+    return str(found.value)
+
+
+def test_no_credentials_is_told_with_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client asks the machine's metadata service, here a port where nobody is."""
+    nobody = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setattr(faults, "METADATA_SERVICES", (nobody,))
+    said = refusal("s3://b/c", monkeypatch, AWS_METADATA_ENDPOINT=nobody, AWS_ALLOW_HTTP="true")
+    assert said.startswith("s3://b/c: expected credentials, found none in the environment")
+    assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in said
+    assert "set AZURE_STORAGE_ACCOUNT_NAME" in refusal("az://b/c", monkeypatch)
+
+
+def test_a_bucket_elsewhere_and_one_that_is_not_there(
+    make_cache: Make, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CacheError, match="there is no such bucket; create it, or check its name"):
+        copy_cache(Folder(make_cache().path), Store("s3://nobucket/x", QUICK))
+    with pytest.raises(CacheError, match=r"no object zarr\.json; expected a cache there, check the address"):
+        copy_cache(Store("s3://nobucket/x", QUICK), Folder(Path("nowhere")))
+    proxy.begin(lambda method, path, nth: ELSEWHERE)
+    with pytest.raises(CacheError, match="lies in another region; set AWS_REGION"):
+        copy_cache(Store("s3://nobucket/x", QUICK), Folder(Path("nowhere")))
+
+
+@pytest.mark.parametrize("address", ["https://host/x", "hf://datasets/someone/caches"])
+def test_what_can_only_be_read_is_not_pushed_to(address: str, make_cache: Make) -> None:
+    with pytest.raises(CacheError, match="can be read only; expected s3://, gs:// or az:// to write to"):
+        copy_cache(Folder(make_cache().path), Store(address, QUICK))
+
+
+def test_info_reads_no_shard_and_verify_names_the_way(
+    make_cache: Make, proxy: Proxy, address: str, tmp_path: Path
+) -> None:
+    """The same numbers as of the folder."""
+    tiny = make_cache(world_size=2)
+    copy_cache(Folder(tiny.path), Store(address, QUICK))
+    proxy.begin()
+    far, near = clt("info", address, "--json"), clt("info", tiny.path, "--json")
+    assert far.returncode == 0, far.stderr
+    assert json.loads(far.stdout) == json.loads(near.stdout)
+    asked = [request.path for request in proxy.requests]
+    assert not [path for path in asked if "/mlp_" in path and "/stats/" not in path]
+    assert clt("info", address).stdout.startswith(f"{address}: complete")
+    done = clt("verify", address)
+    assert done.returncode == 2
+    assert f"`clt pull {address} FOLDER`" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_wrong_arguments_are_one_line(make_cache: Make, tmp_path: Path) -> None:

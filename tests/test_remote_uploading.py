@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import tiny
@@ -40,13 +42,13 @@ def address(request: pytest.FixtureRequest) -> str:
     return f"s3://{BUCKET}/{request.node.name}"
 
 
-def upload(tiny: TinyCache, address: str, bound: int, stop: int | None = None) -> None:
+def upload(tiny: TinyCache, address: str, bound: int, stop: int | None = None, rank: int = 0) -> None:
     """One writer's harvest into its folder and up, or its first `stop` samples, as if it were killed then."""
     with (
-        Upload(address, tiny.path, 0, bound, threads=4) as up,
-        CacheWriter(tiny.path, tiny.manifest, threads=2, after_commit=up.wait_for_room) as writer,
+        Upload(address, tiny.path, rank, bound, threads=4) as up,
+        CacheWriter(tiny.path, tiny.manifest, rank=rank, threads=2, after_commit=up.wait_for_room) as writer,
     ):
-        tiny.feed(writer, stop=stop)
+        tiny.feed(writer, rank, stop)
         if stop is None:
             writer.finish()
             up.finish()
@@ -97,6 +99,48 @@ def test_a_store_that_stays_away_stops_the_harvest_and_keeps_it(
     proxy.begin()
     upload(far, address, bound=0)
     assert there(address, tmp_path / "back") == make_cache("near").files()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_writers_that_go_up_at_once_leave_one_cache(
+    shared: bool, make_cache: Make, plan_cache: Make, proxy: Proxy, address: str, tmp_path: Path
+) -> None:
+    """Each from a folder of its own, or both from one."""
+    far = plan_cache("far", world_size=2)
+    parts = [far if shared else far.at(tmp_path / str(rank)) for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda rank: upload(parts[rank], address, 0, rank=rank), range(2)))
+    assert there(address, tmp_path / "back") == make_cache("near", world_size=2).files()
+
+
+def test_of_two_writers_that_end_together_the_slower_one_tells_of_both(
+    make_cache: Make, plan_cache: Make, proxy: Proxy, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one commits its last window while this one puts the documents for readers that know no
+    journal: a stranger must see every window."""
+    far, near = plan_cache("far", world_size=2), make_cache("near", world_size=2)
+    array = "train/token/kind/zarr.json"
+    put = store.Store.put
+
+    def put_late(self: store.Store, name: str, data: bytes) -> None:
+        if b'"complete"' in data:
+            finishing.set()
+        elif name == array and finishing.is_set() and not begun.is_set():
+            begun.set()
+            upload(far.at(far.path.with_name("second")), address, 0, rank=1)
+        put(self, name, data)
+
+    begun, finishing = Event(), Event()
+    monkeypatch.setattr(store.Store, "put", put_late)
+    with (
+        Upload(address, far.path, 0, 10**9, threads=4) as up,
+        CacheWriter(far.path, far.manifest, threads=2) as writer,
+    ):
+        far.feed(writer)
+        writer.finish()
+        up.finish()
+    assert begun.is_set()
+    assert store.Store(address).get(array) == near.files()[array]
 
 
 def test_another_cache_in_the_folder_is_refused(

@@ -1,11 +1,11 @@
 """What a run says before its first step, as text for a terminal."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..remote.address import name_of
 from .config import TrainConfig, lr_rule
 from .cpu_codes import ADVICE, COMPILED
 from .order import perfect_partners, predicted_partners
@@ -98,7 +98,7 @@ def sink_warning(source: Source) -> str | None:
 
 
 def _cache(config: TrainConfig, source: Source) -> str:
-    names = ", ".join(os.fspath(path) for path in config.caches)
+    names = ", ".join(name_of(path) for path in config.caches)
     which = ", ".join(source.selection.kept_kinds) + ("; no sinks" if source.selection.sinks is False else "")
     return f"{names}: {source.n_tokens} of {len(source.kind)} tokens of split train count ({which})"
 

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..remote.address import name_of
+
 LOSS_FNS = ("fvu",)
 FVU_VARIANCES = ("cache", "batch")
 ACTIVATIONS = ("topk", "batchtopk", "groupmax", "relu", "jumprelu")
@@ -250,7 +252,7 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         paths = {name: None if data[name] is None else str(data[name]) for name in ("finetune", "stage_dir")}
-        return {**data, "caches": [str(c) for c in self.caches], "run": str(self.run), **paths}
+        return {**data, "caches": [name_of(c) for c in self.caches], "run": str(self.run), **paths}
 
 
 def config_of(options: dict[str, Any]) -> TrainConfig:
