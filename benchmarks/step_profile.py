@@ -15,8 +15,8 @@ KINDS = {
     "top-k": ("aten::topk", "top_k"),
     "optimiser": ("aten::_fused_adam_",),
 }
-"""Operations of each kind, with what they call; `cpu_codes`' by their names there. A product with a CSR matrix
-is an aten::addmm too."""
+"""Operations of each kind, with what they call; `cpu_codes`' by their names there. A product with a CSR
+matrix is an aten::addmm too."""
 SPARSE = "sparse product"
 NAMED = [
     (sparse, "_product", SPARSE),
