@@ -16,41 +16,63 @@ class Kept:
     """By latent, in order of score: score, activation and token, (latent, n); token -1 where there is none.
 
     `sample` (token,): the sample of each token of the source. `dtype`: of the scores.
+
+    What may be kept waits until it is half as much as what is kept, because sorting it in costs as much as
+    sorting that. No more waits than that and one batch.
     """
 
     def __init__(self, n_latents: int, n: int, sample: Tensor, dtype: torch.dtype = torch.float32) -> None:
         size = (n_latents, n)
         self._sample = sample
         self._n_samples = int(sample.max()) + 1
-        self.score = torch.full(size, -torch.inf, dtype=dtype, device=sample.device)
-        self.value = torch.zeros(size, device=sample.device)
-        self.token = torch.full(size, -1, dtype=torch.int64, device=sample.device)
+        self._score = torch.full(size, -torch.inf, dtype=dtype, device=sample.device)
+        self._value = torch.zeros(size, device=sample.device)
+        self._token = torch.full(size, -1, dtype=torch.int64, device=sample.device)
+        self._waiting: list[tuple[Tensor, ...]] = []
+
+    @property
+    def value(self) -> Tensor:
+        self._sort_in()
+        return self._value
+
+    @property
+    def token(self) -> Tensor:
+        self._sort_in()
+        return self._token
 
     def offer(self, latent: Tensor, score: Tensor, value: Tensor, token: Tensor) -> None:
         """Activations, (code,) each, of tokens behind all that were offered before, tokens ascending."""
-        last = self.score[:, -1].index_select(0, latent)
+        last = self._score[:, -1].index_select(0, latent)
         better = (score > last).nonzero()[:, 0]  # of equal scores the first token's stays
-        latent, score, value, token = (part.index_select(0, better) for part in (latent, score, value, token))
-        if not len(latent):
+        if len(better):
+            new = (part.index_select(0, better) for part in (latent, score, value, token))
+            self._waiting.append(tuple(new))
+        if sum(len(part[0]) for part in self._waiting) > self._token.numel() // 2:
+            self._sort_in()
+
+    def _sort_in(self) -> None:
+        if not self._waiting:
             return
-        rows = torch.bincount(latent, minlength=len(self.token)).nonzero()[:, 0]
-        held = self.token[rows] >= 0
+        latent, score, value, token = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        rows = torch.bincount(latent, minlength=len(self._token)).nonzero()[:, 0]
+        held = self._token[rows] >= 0
         latent = torch.cat([rows[:, None].expand_as(held)[held], latent])
         score, value, token = (
             torch.cat([kept[rows][held], new])
-            for kept, new in ((self.score, score), (self.value, value), (self.token, token))
+            for kept, new in ((self._score, score), (self._value, value), (self._token, token))
         )
         order = torch.sort(score, descending=True, stable=True).indices
         order = order[self._first_of_sample(latent[order], token[order])]
         order = order[torch.sort(latent[order], stable=True).indices]
         latent = latent[order]
         place = torch.arange(len(latent), device=latent.device) - torch.searchsorted(latent, latent)
-        fits = place < self.score.shape[1]
+        fits = place < self._score.shape[1]
         order, at = order[fits], (latent[fits], place[fits])
         for kept, new, none in (
-            (self.score, score, -torch.inf),
-            (self.value, value, 0),
-            (self.token, token, -1),
+            (self._score, score, -torch.inf),
+            (self._value, value, 0),
+            (self._token, token, -1),
         ):
             kept[rows] = none
             kept[at] = new[order]
@@ -63,7 +85,8 @@ class Kept:
         return torch.zeros_like(first).index_put_((order,), first)
 
     def state(self) -> dict[str, Tensor]:
-        return {"score": self.score, "value": self.value, "token": self.token}
+        self._sort_in()
+        return {"score": self._score, "value": self._value, "token": self._token}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.state().items():

@@ -16,8 +16,8 @@ FOUND_BYTES = 72
 """Of each activation that is looked up, while those of many examples are put in order."""
 AS_OBJECTS = 7
 """A line of samples.jsonl as Python objects, over its bytes in the file."""
-LATENT_BYTES = 1500
-"""Of a latent's examples, directions and row of the list."""
+LATENT_BYTES = 2500
+"""Of a latent's examples, those that wait to be sorted in, its directions, and its row of the list."""
 
 
 def memory_bytes(config: FeaturesConfig, shape: Shape, source: Source, codes: float, words: int = 0) -> int:

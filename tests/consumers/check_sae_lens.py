@@ -42,8 +42,9 @@ def main(export: str, model_folder: str, reference: str) -> None:
     for layer in range(layers):
         found = cache[f"blocks.{layer}.mlp.hook_out.hook_sae_acts_post"][0]
         close(found, expected["activations"][:, layer], f"latents in layer {layer} of the running model")
+    model.reset_saes()
     for sae in saes:
-        sae.use_error_term = False
+        model.add_sae(sae, use_error_term=False)
     replaced = model(expected["tokens"], **inputs)[0]
     change = float((replaced - expected["logits"]).abs().max() / expected["logits"].abs().max())
     print(f"logits without the error terms: {change:.1e} of the largest away")
