@@ -78,7 +78,8 @@ class Progress:
             return
         self._last_line = time.monotonic()
         of = f"/{self._total}" if self._total else ""
-        text = f"{self._name}: {self._done}{of} {self._unit}, {self.rate:.0f} {self._unit}/s{time_text}"
+        rate = f"{self.rate:.0f}" if self.rate >= 10 else f"{self.rate:.2g}"
+        text = f"{self._name}: {self._done}{of} {self._unit}, {rate} {self._unit}/s{time_text}"
         print(f"{text}, {self._note}" if self._note else text, file=sys.stderr, flush=True)
 
 

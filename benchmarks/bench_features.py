@@ -101,10 +101,8 @@ def compare(setting: Setting, shape: Shape, repeats: int) -> None:
         ratio = statistics.median(a / b for a, b in zip(found, rates["the encoder alone"], strict=True))
         print(f"| {name} | {statistics.median(found):.0f} | {ratio:.2f} |")
     _, waiting, whole = features(setting)
-    print(
-        f"\nThe pass waits for the reader for {waiting:.1%} of its time. The whole command takes {whole:.1f} s,"
-    )
-    print("the rest are the pages, which cost a fixed amount a latent. What the pass does with its time:\n")
+    print(f"\nThe pass waits for the reader for {waiting:.1%} of its time. With the pages, which cost a")
+    print(f"fixed amount a latent, the command takes {whole:.1f} s. What the pass does with its time:\n")
     seconds = parts(setting)
     print(", ".join(f"{name} {s / sum(seconds.values()):.1%}" for name, s in seconds.items()), flush=True)
 
