@@ -78,6 +78,7 @@ def compare(shape: Shape, n_tokens: int, repeats: int) -> float:
     leaves, adam = Leaves(model), Optimizer(model, "adam")
     check_gradients(model, leaves, batch)
     adam.begin(0, 1e-4)
+    leaves.share_state(adam)
     ways = [
         Way("ours", lambda: train_step(model, [batch], adam.apply).loss, lambda: None),
         Way("dense autograd", lambda: dense_step(leaves, batch), leaves.update),

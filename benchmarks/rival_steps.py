@@ -1,13 +1,15 @@
 """Two other ways to take the same step, for bench_step.py: dense autograd, and EleutherAI's formulation.
 
-Both work on the numbers of a CrossLayerTranscoder (its parameters' memory is shared, so neither needs room of
-its own), with top-k activations and the cache's variance; both leave gradients for torch's fused Adam.
+Both work on the numbers of a CrossLayerTranscoder (its parameters' memory is shared, and its optimiser's may
+be, so neither needs room of its own), with top-k activations and the cache's variance; both leave gradients
+for torch's fused Adam.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clt.train.optimizer import Optimizer
 from clt.train.reader import Batch
 from clt.train.transcoder import CrossLayerTranscoder
 
@@ -22,6 +24,17 @@ class Leaves:
         self.b_dec = _leaves(model.b_dec)
         self.all = [*self.W_enc, *self.b_enc, *(w for ws in self.W_dec for w in ws), *self.b_dec]
         self.adam = torch.optim.Adam(self.all, lr=1e-4, fused=True)
+
+    def share_state(self, optimizer: Optimizer) -> None:
+        """Keep Adam's moments where the optimiser of the model does: there is room for one of them."""
+        matrices = [("W_enc", layer, ...) for layer in range(self.shape.n_layers)]
+        biases = [("b_enc", layer, ...) for layer in range(self.shape.n_layers)]
+        pairs = [("W_dec", t, place) for t, weights in enumerate(self.W_dec) for place in range(len(weights))]
+        outputs = [("b_dec", layer, ...) for layer in range(self.shape.n_layers)]
+        for leaf, (name, layer, slot) in zip(self.all, [*matrices, *biases, *pairs, *outputs], strict=True):
+            moments = optimizer.state_of(name, layer)
+            shared = {moment: moments[moment][slot] for moment in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[leaf] = {"step": torch.zeros(()), **shared}
 
     def values(self, batch: Batch, site: str, layer: int) -> Tensor:
         """Standardised (token, d_model)."""

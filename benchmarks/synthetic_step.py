@@ -29,8 +29,11 @@ def make_model(
 
 SHAPES = {
     576: Shape(tuple(range(8)), d_model=576, n_latents=1152, k=32, n_targets=8),  # SmolLM2's width
-    4096: Shape(tuple(range(3)), d_model=4096, n_latents=8192, k=32, n_targets=3),  # LLaVA-1.5's
+    4096: Shape(tuple(range(5)), d_model=4096, n_latents=8192, k=32, n_targets=5),  # LLaVA-1.5's
 }
+"""With L layers that all write to all later ones, dense autograd needs 2 L matrix products for encoders and 3
+for each of L (L + 1) / 2 decoders, where codes need L: 3 layers, with 8 times as many, say little of a model's
+32. Five take 11 times as many, and fit 20 GB with all that autograd holds."""
 
 
 @cache
