@@ -112,8 +112,8 @@ def test_plain_lines_have_the_step_and_the_time_left(
             now[0] = 3660.0 * step
             bar.add(100, f"step {step}/4, FVU 0.5")
     first, *_, last = capsys.readouterr().err.splitlines()
-    assert first == "train: 100/400 tok, 0 tok/s, 3 h 03 min left, step 1/4, FVU 0.5"
-    assert last == "train: 400/400 tok, 0 tok/s, took 4 h 04 min, step 4/4, FVU 0.5"
+    assert first == "train: 100/400 tok, 0.027 tok/s, 3 h 03 min left, step 1/4, FVU 0.5"
+    assert last == "train: 400/400 tok, 0.027 tok/s, took 4 h 04 min, step 4/4, FVU 0.5"
 
 
 @pytest.mark.parametrize(
