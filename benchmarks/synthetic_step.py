@@ -32,8 +32,8 @@ SHAPES = {
     4096: Shape(tuple(range(5)), d_model=4096, n_latents=8192, k=32, n_targets=5),  # LLaVA-1.5's
 }
 """With L layers that all write to all later ones, dense autograd needs 2 L matrix products for encoders and 3
-for each of L (L + 1) / 2 decoders, where codes need L: 3 layers, with 8 times as many, say little of a model's
-32. Five take 11 times as many, and fit 20 GB with all that autograd holds."""
+for each of L (L + 1) / 2 decoders, where codes need L: 3 layers, with 8 times as many, say little of 32. Five
+take 11 times as many, and fit 20 GB with all that autograd holds."""
 
 
 @cache

@@ -430,8 +430,7 @@ static void standardise_all(void *argument)
         standardise_rows(all, item * MANY);
 }
 
-/* The calls from Python. All arrays are contiguous, int32 or float32 unless said otherwise; the last number is that
- * of threads. */
+/* The calls from Python. All arrays are contiguous, int32 or float32 unless said otherwise. */
 
 enum { MOST_BUFFERS = 8 };
 
@@ -493,7 +492,7 @@ static PyObject *decode(PyObject *module, PyObject *arguments)
     Py_buffer *starts = b.all, *columns = b.all + 1, *values = b.all + 2, *weight = b.all + 3, *out = b.all + 4;
     Py_ssize_t width, threads;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*y*w*nn", starts, columns, values, weight, out, &width, &threads))
+    if (!PyArg_ParseTuple(arguments, "nny*y*y*y*w*", &width, &threads, starts, columns, values, weight, out))
         return NULL;
     size_t rows = count(starts) - 1, latents = width > 0 ? count(weight) / (size_t)width : 0;
     if (width <= 0 || !are_starts(starts, count(columns)) || count(values) != count(columns)
@@ -514,7 +513,7 @@ static PyObject *tiled(PyObject *module, PyObject *arguments)
     Py_buffer *rows = b.all, *tiles = b.all + 1;
     Py_ssize_t width, threads;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*w*nn", rows, tiles, &width, &threads))
+    if (!PyArg_ParseTuple(arguments, "nny*w*", &width, &threads, rows, tiles))
         return NULL;
     size_t n_rows = width > 0 ? count(rows) / (size_t)width : 0, n_tiles = parts_of((size_t)width, TILE);
     if (width <= 0 || count(rows) != n_rows * (size_t)width || count(tiles) != n_rows * n_tiles * TILE)
@@ -531,8 +530,8 @@ static PyObject *gradients(PyObject *module, PyObject *arguments)
     Py_ssize_t width, threads;
     int add;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*y*y*w*npn|y*w*", starts, tokens, order, values, tiles, weight_grad,
-                          &width, &add, &threads, weight, code_grad))
+    if (!PyArg_ParseTuple(arguments, "npny*y*y*y*y*w*|y*w*", &width, &add, &threads, starts, tokens, order, values,
+                          tiles, weight_grad, weight, code_grad))
         return NULL;
     size_t n = count(values), latents = count(starts) - 1, n_tiles = parts_of((size_t)width, TILE);
     size_t rows = width > 0 ? count(tiles) / (n_tiles * TILE) : 0;
@@ -591,7 +590,7 @@ static PyObject *top_k(PyObject *module, PyObject *arguments)
     Py_buffer *x = b.all, *columns = b.all + 1, *values = b.all + 2;
     Py_ssize_t width, k, threads;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*w*w*nnn", x, columns, values, &width, &k, &threads))
+    if (!PyArg_ParseTuple(arguments, "nnny*w*w*", &width, &k, &threads, x, columns, values))
         return NULL;
     size_t rows = width > 0 ? count(x) / (size_t)width : 0;
     if (k <= 0 || k > width || count(x) != rows * (size_t)width || count(columns) != rows * (size_t)k
@@ -609,7 +608,7 @@ static PyObject *standardise(PyObject *module, PyObject *arguments)
     Py_ssize_t block, threads;
     float scale;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*y*y*w*fnn", codes, steps, mean, out, &scale, &block, &threads))
+    if (!PyArg_ParseTuple(arguments, "fnny*y*y*w*", &scale, &block, &threads, codes, steps, mean, out))
         return NULL;
     size_t width = count(mean), rows = width ? count(out) / width : 0;
     if (block <= 0 || (size_t)codes->len != rows * width || count(out) != rows * width

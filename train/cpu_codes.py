@@ -37,7 +37,7 @@ def decode(codes: tuple[Tensor, Tensor, Tensor], weight: Tensor, out: Tensor) ->
     """out (token, d) += codes (starts, columns, values) times weight (latent, d)."""
     from ._codes import decode
 
-    decode(*map(_array, codes), _array(weight), _array(out), out.shape[1], torch.get_num_threads())
+    decode(out.shape[1], torch.get_num_threads(), *map(_array, (*codes, weight, out)))
 
 
 def tiled(rows: Tensor) -> Tiles:
@@ -46,7 +46,7 @@ def tiled(rows: Tensor) -> Tiles:
 
     n_rows, width = rows.shape
     tiles = rows.new_empty(-(-width // TILE), n_rows, TILE)
-    tiled(_array(rows.contiguous()), _array(tiles), width, torch.get_num_threads())
+    tiled(width, torch.get_num_threads(), _array(rows.contiguous()), _array(tiles))
     return Tiles(tiles, width)
 
 
@@ -67,9 +67,9 @@ def gradients(
     """
     from ._codes import gradients
 
-    arrays = map(_array, (*by_latent, values, rows.values, weight_grad))
-    also = [_array(tensor) for tensor in (weight, code_grad) if tensor is not None]
-    gradients(*arrays, rows.width, add, torch.get_num_threads(), *also)
+    also = [tensor for tensor in (weight, code_grad) if tensor is not None]
+    arrays = map(_array, (*by_latent, values, rows.values, weight_grad, *also))
+    gradients(rows.width, add, torch.get_num_threads(), *arrays)
 
 
 def transpose(starts: Tensor, columns: Tensor, n_latents: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +90,7 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     rows, width = pre.shape
     columns, values = torch.empty(rows, k, dtype=torch.int32), pre.new_empty(rows, k)
-    top_k(_array(pre.contiguous()), _array(columns), _array(values), width, k, torch.get_num_threads())
+    top_k(width, k, torch.get_num_threads(), *map(_array, (pre.contiguous(), columns, values)))
     return values, columns
 
 
@@ -100,7 +100,7 @@ def standardise(codes: Tensor, steps: Tensor, mean: Tensor, scale: float, block:
 
     out = mean.new_empty(codes.shape)
     arrays = map(_array, (codes.contiguous(), steps.float().contiguous(), mean.contiguous(), out))
-    standardise(*arrays, scale, block, torch.get_num_threads())
+    standardise(scale, block, torch.get_num_threads(), *arrays)
     return out
 
 
