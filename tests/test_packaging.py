@@ -59,6 +59,8 @@ def test_every_c_file_is_built_if_it_can_be() -> None:
         assert package == f"clt.{Path(source).parent}"
         assert (files_of(package) / f"{module}.pyi").is_file()
         assert extension["optional"] is extension["py-limited-api"] is True
+        headers = {f"{path.parent.name}/{path.name}" for path in (ROOT / source).parent.glob("*.h")}
+        assert headers == set(extension.get("depends", ())) or not (ROOT / ".ci").is_dir()
         fused = "fast" if package == "clt.train" else "off"  # a cache has the same bits on every processor
         assert f"-ffp-contract={fused}" in extension["extra-compile-args"]
 
