@@ -22,8 +22,12 @@ def plan_command(
     step_divisor: Annotated[float, typer.Option(help="int8 step = rms / this")] = 8.0,
     window: Annotated[int, typer.Option(help="tokens shuffled and committed together")] = 16384,
     sample_tokens: Annotated[float, typer.Option(help="tokens of a sample")] = 1024.0,
-    activation: Annotated[str, typer.Option(help="topk, batchtopk or groupmax")] = "topk",
+    activation: Annotated[str, typer.Option(help="topk, batchtopk, groupmax, jumprelu or relu")] = "topk",
     k: Annotated[str | None, typer.Option(help="a number, or one a layer [default: 32]")] = None,
+    l0: Annotated[
+        int | None,
+        typer.Option(help="of jumprelu and relu: active latents to plan for [default: all, the upper bound]"),
+    ] = None,
     expansion_factor: Annotated[int, typer.Option(help="latents of a layer / d_model")] = 2,
     latents: Annotated[int | None, typer.Option(help="instead of --expansion-factor")] = None,
     n_targets: Annotated[int, typer.Option(help="layers a source writes to, its own included")] = 16,
@@ -57,11 +61,13 @@ def plan_command(
     given = locals()
     same = (
         *("tokens", "tokens_per_s", "precision", "step_divisor", "window", "sample_tokens", "batch_tokens"),
-        *("grad_acc_steps", "epochs", "optimizer", "dtype", "buffer_tokens", "threads"),
+        *("grad_acc_steps", "epochs", "l0", "optimizer", "dtype", "buffer_tokens", "threads"),
         *("shuffle_windows", "ranks"),
     )
     settings = {name: given[name] for name in same} | {"read_speeds": _speeds(read_speeds)}
-    from ..planning.prediction import plan_of, predict, render, to_json
+    from ..planning.line import render, to_json
+    from ..planning.plan_config import plan_of
+    from ..planning.prediction import predict
 
     lines = predict(plan_of(model, cache, layers, transcoder, settings))
     answer(as_json, to_json(lines, explain), render(lines, explain))

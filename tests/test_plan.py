@@ -15,15 +15,19 @@ from clt.cache_format import CacheWriter, Manifest, open_cache
 from clt.cache_format.layout import SITES
 from clt.cli import app
 from clt.planning.cache_size import CacheSize, cache_bytes, measure_coded
+from clt.planning.line import Line
 from clt.planning.model_size import FAMILY_DEFAULTS, ModelSize, read_model_size
-from clt.planning.prediction import PROCESS_BYTES, READ_SPEEDS, plan_of, predict
+from clt.planning.plan_config import READ_SPEEDS, plan_of
+from clt.planning.prediction import predict
+from clt.planning.training import PROCESS_BYTES
 from clt.train.config import TranscoderConfig
+from clt.train.held_out_memory import held_out_memory
 from clt.train.memory import offload_memory, read_memory, step_memory
 from clt.train.order import predicted_partners
 from clt.train.source import Source
 
 SETTINGS = {
-    **dict.fromkeys(("tokens", "tokens_per_s", "optimizer", "shuffle_windows")),
+    **dict.fromkeys(("l0", "tokens", "tokens_per_s", "optimizer", "shuffle_windows")),
     "precision": "int8",
     "step_divisor": 8.0,
     "window": 16384,
@@ -116,10 +120,12 @@ def test_lines_are_the_trainers_own_functions(tmp_path: Path) -> None:
     step, offload = step_memory(plan.shape, **sizes), offload_memory(plan.shape, **sizes)
     buffers = read_memory(2, 24, "int8", buffer_tokens=1024, batch_tokens=0, threads=2)
     found = values["training.memory_adam8"]
-    assert found["device"] == step.device
+    held = sum(held_out_memory(plan.shape, 2, "int8")[:2])
+    assert found["device"] == max(step.device, step.parameters + step.optimizer + held)
     assert found["host"] > step.batches + buffers.buffers + buffers.decoding
     away = values["training.memory_adam8_offload"]
-    assert away["device"] == offload.step.device
+    resident = offload.step.parameters + offload.step.optimizer
+    assert away["device"] == max(offload.step.device, resident + held)
     assert away["host"] - found["host"] == offload.away
     assert values["reading.shuffle_m"] == predicted_partners(256, 50.0, 4000, 512, 1024)
     # the layers 1 and 2 alone
@@ -145,6 +151,45 @@ def test_the_command_explains_every_line(tmp_path: Path) -> None:
     assert data["training"]["parameters"] == 128 * (4 * 65 + 7 * 64) + 4 * 64
 
 
+def test_codes_of_an_activation_without_k_are_assumed(tmp_path: Path) -> None:
+    """As many as --l0 says; without it, every latent."""
+    folder = write_config(tmp_path / "m", {"hidden_size": 64, "num_hidden_layers": 4})
+
+    def planned(activation: str, k: int | None, l0: int | None = None, ranks: int = 1) -> dict[str, Line]:
+        transcoder = TranscoderConfig(activation=activation, k=k)
+        settings = SETTINGS | {"l0": l0, "optimizer": "adam", "ranks": ranks}
+        return {line.key: line for line in predict(plan_of(str(folder), None, None, transcoder, settings))}
+
+    assumed, topk = planned("relu", None, l0=7), planned("topk", 7)
+    assert assumed["memory_adam"].value == topk["memory_adam"].value
+    assert "codes for 7 active latents a layer (--l0)" in assumed["memory_adam"].formula
+    bound = planned("relu", None)
+    assert bound["memory_adam"].value == planned("topk", 128)["memory_adam"].value
+    assert (
+        "128 active latents a layer (all, an upper bound; --l0 assumes fewer)" in bound["memory_adam"].formula
+    )
+    wire = [
+        planned(*what, ranks=2)["wire_bytes_per_token"].value for what in (("relu", None, 7), ("topk", 7))
+    ]
+    assert wire[0] == wire[1] > 0
+
+
+def test_held_out_numbers_are_planned_where_they_take_more(tmp_path: Path) -> None:
+    """Of small micro-batches, no gradients to speak of, and a wide band."""
+    folder = write_config(tmp_path / "m", {"hidden_size": 64, "num_hidden_layers": 4})
+    settings = SETTINGS | {"optimizer": "adam", "batch_tokens": 64, "buffer_tokens": 64}
+    transcoder = TranscoderConfig(latents=16, k=2, n_targets=4)
+    plan = plan_of(str(folder), None, None, transcoder, settings)
+    value = {line.key: line.value for line in predict(plan)}["memory_adam"]
+    step, held = (
+        step_memory(plan.shape, tokens=64, stored_bytes=66 / 64),
+        held_out_memory(plan.shape, 4, "int8"),
+    )
+    assert value["device"] == step.parameters + step.optimizer + held.codes + held.values > step.device
+    read = read_memory(4, 64, "int8", buffer_tokens=64, batch_tokens=0, threads=16)
+    assert value["host"] == PROCESS_BYTES + sum(read) + held.rows
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -152,11 +197,12 @@ def test_the_command_explains_every_line(tmp_path: Path) -> None:
         (("--layers", "9"), "--layers"),
         (("--tokens", "0"), "--tokens: expected more than 0"),
         (("--read-speeds", "fast"), "--read-speeds"),
-        (("--activation", "relu"), "relu has no k"),
+        (("--l0", "3"), "--l0: topk has --k"),
+        (("--activation", "relu", "--l0", "129"), "--l0: expected 1 to the 128 latents"),
         (("--cache", "none"), "is no cache"),
     ],
 )
-def test_wrong_arguments_are_told(arguments: tuple[str, str], words: str, tmp_path: Path) -> None:
+def test_wrong_arguments_are_told(arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", {"hidden_size": 64, "num_hidden_layers": 4})
     with pytest.raises(ValueError, match=words):
         app(["plan", str(folder), *arguments], standalone_mode=False)
@@ -167,8 +213,11 @@ WIDTH, LAYERS = 512, 8
 
 @pytest.fixture(scope="module")
 def wide_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """4,096 Gaussian tokens of 8 layers, without held-out ones."""
-    path = tmp_path_factory.mktemp("wide") / "c"
+    return write_wide(tmp_path_factory.mktemp("wide") / "c")
+
+
+def write_wide(path: Path, val: int = 0) -> Path:
+    """4,096 Gaussian tokens of 8 layers, and val times 1,024 held-out ones."""
     manifest = Manifest(
         d_model=WIDTH,
         layers=tuple(range(LAYERS)),
@@ -182,10 +231,11 @@ def wide_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     columns = {name: np.zeros(1024, int) for name in ("position", "token_id", "kind", "row", "col")}
     with CacheWriter(path, manifest) as writer:
-        for number in range(4):
+        for number in range(4 + val):
             values = {site: rng.standard_normal((1024, LAYERS, WIDTH), np.float32) for site in SITES}
             sample = {"sample": np.full(1024, number)}
-            writer.add("train", number, {"sample": number, "id": str(number)}, columns | sample, values)
+            split, place = ("train", number) if number < 4 else ("val", number - 4)
+            writer.add(split, place, {"sample": number, "id": str(number)}, columns | sample, values)
         writer.finish()
     return path
 

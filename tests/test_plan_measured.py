@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from measured import train_peak
+from test_plan import LAYERS, WIDTH, write_config, write_wide
 
 from clt.cache_format import open_cache
 from clt.cache_format.layout import SPLITS
@@ -56,3 +57,32 @@ def test_memory_is_within_10_percent_of_a_run(demo: Path, tmp_path: Path) -> Non
     _, peak = train_peak(cache, tmp_path / "run", *options, "--steps", 2, "--exclude", "bos,sink")
     told = json.loads(clt("plan", demo / "model", "--cache", cache, *options, "--json"))
     assert told["training"]["memory_adam"]["one_machine"] == pytest.approx(peak, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("io", ["pread", "mmap"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--latents", 256, "--n-targets", 8, "--batch-tokens", 128),  # held-out numbers take more than a step
+        ("--latents", 1024, "--n-targets", 2, "--batch-tokens", 512, "--activation", "relu"),
+        ("--latents", 1024, "--n-targets", 2, "--batch-tokens", 512, "--activation", "jumprelu"),
+    ],
+)
+def test_memory_of_held_out_numbers_and_of_codes_without_k(
+    options: tuple[object, ...], io: str, tmp_path: Path
+) -> None:
+    """Within 10 %, with as many active latents as there were, and the mapped pages that are told of."""
+    cache = write_wide(tmp_path / "c", val=4)
+    model = write_config(tmp_path / "m", {"hidden_size": WIDTH, "num_hidden_layers": LAYERS})
+    k_less = "--activation" in options
+    coefficient = ("--sparsity-coeff", "1e-3") if k_less else ()
+    run = tmp_path / "run"
+    _, peak = train_peak(cache, run, *options, *coefficient, "--threads", 2, "--steps", 3, "--io", io)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    l0 = round(max(value for line in lines for name, value in line.items() if name.startswith("l0/")))
+    plan = ("plan", model, "--cache", cache, *options, *(("--l0", l0) if k_less else ()), "--threads", 2)
+    told = json.loads(clt(*plan, "--optimizer", "adam", "--json"))
+    expected = told["training"]["memory_adam"]["one_machine"]
+    pages = told["reading"]["page_cache_bytes"] if io == "mmap" else 0
+    assert 0.9 * expected < peak < 1.1 * (expected + pages)

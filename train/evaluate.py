@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..cache_format.layout import KINDS
 from .exchange import ALONE, Exchange
+from .held_out_memory import HELD_OUT_TOKENS
 from .intervals import GROUPS, group_of, half_width, half_widths
 from .moments import has_variance
 from .reader import Batch, read_in_order
@@ -131,7 +132,7 @@ def evaluate(
     model: CrossLayerTranscoder,
     source: Source,
     *,
-    batch_tokens: int = 2048,
+    batch_tokens: int = HELD_OUT_TOKENS,
     threads: int | None = None,
     after_batch: Callable[[int], None] = lambda tokens: None,
     exchange: Exchange = ALONE,
@@ -149,7 +150,7 @@ def evaluate_all(
     models: Sequence[CrossLayerTranscoder],
     source: Source,
     *,
-    batch_tokens: int = 2048,
+    batch_tokens: int = HELD_OUT_TOKENS,
     threads: int | None = None,
     after_batch: Callable[[int], None] = lambda tokens: None,
     exchange: Exchange = ALONE,
