@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..cache_format.layout import KINDS
-from ..cache_format.window import SINK_RATIO
+from ..cache_format.sealed import SINK_RATIO
 from ..harvest.config import HarvestConfig
 from ..harvest.mlps import find_hookpoints
 from ..harvest.model import LoadedModel, load_model

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from numcodecs import Blosc, Zstd
 from numcodecs.pcodec import PCodec
 
-from clt.cache_format import codec
+from clt.cache_format import bf16, codec, int8
 from clt.cache_format.layout import BLOCK, CHUNK, SITES
 
 Array = npt.NDArray[Any]
@@ -115,7 +115,7 @@ def int8_candidates(divisor: int) -> Iterator[Candidate]:
         return np.sqrt(np.square(blocks).mean(axis=2))
 
     def mean_abs(blocks: Array) -> Array:
-        return np.abs(blocks).mean(axis=2) * np.float32(codec.GAUSSIAN)
+        return np.abs(blocks).mean(axis=2) * np.float32(int8.GAUSSIAN)
 
     def of_token(typical: Callable[[Array], Array]) -> Callable[[Array], Array]:
         return lambda blocks: typical(blocks.reshape(len(blocks), 1, -1))
@@ -128,24 +128,24 @@ def int8_candidates(divisor: int) -> Iterator[Candidate]:
     zstd = (codec.encode_chunk, lambda stored, out: codec.decode_chunk(memoryview(stored), out))
     for name, typical in rules.items():
         quantise = stepwise(lambda blocks, typical=typical: typical(blocks) / np.float32(divisor))
-        yield Candidate(f"int8 /{divisor}, {name}, zstd-1", quantise, codec.dequantise, *zstd)
+        yield Candidate(f"int8 /{divisor}, {name}, zstd-1", quantise, int8.dequantise, *zstd)
     shipped = f"int8 /{divisor}, mean size of the token"
 
     def quantise_shipped(values: Array) -> tuple[Array, ...]:
-        return codec.quantise(values, divisor)
+        return int8.quantise(values, divisor)
 
-    yield Candidate(f"**{shipped}, zstd-1**", quantise_shipped, codec.dequantise, *zstd)
+    yield Candidate(f"**{shipped}, zstd-1**", quantise_shipped, int8.dequantise, *zstd)
     yield from blocks_and_centring(divisor, of_token(mean_abs), zstd)
     yield Candidate(
         f"{shipped}, Huffman alone",
         quantise_shipped,
-        codec.dequantise,
+        int8.dequantise,
         huffman,
         lambda s, out: Zstd(1).decode(s, out),
     )
     others = {"zstd-3": Zstd(3, checksum=True), "blosc bitshuffle zstd-1": Blosc("zstd", 1, Blosc.BITSHUFFLE)}
     for name, coder in others.items():
-        yield Candidate(f"{shipped}, {name}", quantise_shipped, codec.dequantise, coder.encode, coder.decode)
+        yield Candidate(f"{shipped}, {name}", quantise_shipped, int8.dequantise, coder.encode, coder.decode)
 
 
 def blocks_and_centring(
@@ -186,7 +186,7 @@ def stepwise(
     def quantise(values: Array) -> tuple[Array, ...]:
         blocks = values.reshape(len(values), -1, block or values.shape[1])
         wanted = np.maximum(step(blocks), np.abs(blocks).max(axis=2) / np.float32(127))
-        scale, _ = codec._round_up_to_half(wanted)
+        scale, _ = int8.round_up_to_half(wanted)
         codes = np.rint(blocks / np.maximum(scale, np.float16(1e-7)).astype(np.float32)[..., None])
         return codes.astype(np.int8).reshape(values.shape), scale
 
@@ -195,7 +195,7 @@ def stepwise(
 
 def bf16_candidates() -> Iterator[Candidate]:
     def bits(values: Array) -> tuple[Array, ...]:
-        return (codec.to_bf16_bits(values),)
+        return (bf16.to_bf16_bits(values),)
 
     coders: dict[str, Any] = {
         "blosc bitshuffle lz4": Blosc("lz4", 5, Blosc.BITSHUFFLE),
@@ -205,16 +205,16 @@ def bf16_candidates() -> Iterator[Candidate]:
         "pcodec": PCodec(),
     }
     for name, coder in coders.items():
-        yield Candidate(f"bf16 {name}", bits, codec.from_bf16_bits, coder.encode, coder.decode)
+        yield Candidate(f"bf16 {name}", bits, bf16.from_bf16_bits, coder.encode, coder.decode)
     yield Candidate(
-        "bf16 exponent byte zstd-1, rest raw", bits, codec.from_bf16_bits, encode_planes, decode_planes
+        "bf16 exponent byte zstd-1, rest raw", bits, bf16.from_bf16_bits, encode_planes, decode_planes
     )
 
     def decode(stored: bytes, out: Array) -> None:
         codec.decode_chunk(memoryview(stored), out)
 
     yield Candidate(
-        "**bf16 blosc, split, high byte Huffman**", bits, codec.from_bf16_bits, codec.encode_chunk, decode
+        "**bf16 blosc, split, high byte Huffman**", bits, bf16.from_bf16_bits, codec.encode_chunk, decode
     )
 
 

@@ -23,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from clt.cache_format import CacheWriter, Manifest
-from clt.cache_format.codec import encode_chunk, quantise, to_bf16_bits
+from clt.cache_format.bf16 import to_bf16_bits
+from clt.cache_format.codec import encode_chunk
+from clt.cache_format.int8 import quantise
 from clt.cache_format.layout import CHUNK, SITES, TOKEN_COLUMNS
 
 Values = dict[str, npt.NDArray[np.float32]]

@@ -19,6 +19,9 @@ def quantise(
 ) -> int:
     """int8 codes and float16 steps of `values` (token, width) float32; factor: step over mean |value|.
 
-    noise float32, square float64, peak float32, (token,) each: of each vector as `StoredVectors` has them.
+    noise float32, square float64, peak float32, (token,) each: filled as `Measures` says, all or none.
     Returns the first token that int8 cannot hold, or -1; what stands behind it is not quantised.
     """
+
+def round_to_bf16(values: Array, width: int, bits: Array, square: Array = ..., peak: Array = ..., /) -> None:
+    """bf16 bits of `values` (token, width), float32 or such bits; square float64 and peak float32."""

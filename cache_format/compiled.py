@@ -1,8 +1,8 @@
-"""Whether quantise.c is compiled in; where it is not, numpy gives the same bits, later."""
+"""Whether quantise.c and gather.c are compiled in; without them numpy gives the same bits, later."""
 
 from importlib.util import find_spec
 
-COMPILED = find_spec(f"{__package__}._quantise") is not None
+COMPILED = all(find_spec(f"{__package__}.{name}") for name in ("_quantise", "_gather"))
 ADVICE = (
     "the compiled part of the codec is missing, numpy does its work at a fraction of the speed; "
     "install a C compiler and Python's headers, then this package again"

@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from google_crc32c import value as crc32c
+from google_crc32c import extend as add_to_crc32c
 
+from .codec import Parts
 from .errors import DamagedCacheError
 
 
-def write_file(path: Path, data: bytes | memoryview, writer: int = 0) -> None:
+def write_file(path: Path, data: bytes | memoryview | Parts, writer: int = 0) -> None:
     """Put `data` at `path` in one step; after a crash the path holds the old file, the new one, or none.
 
     Processes that may write one path at the same time need different `writer` numbers.
@@ -18,7 +19,8 @@ def write_file(path: Path, data: bytes | memoryview, writer: int = 0) -> None:
     partial = partial_path(path, writer)
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            for part in data if isinstance(data, tuple) else (data,):
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -42,9 +44,12 @@ def sync_folders(folders: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
-def checksum(data: bytes | memoryview) -> str:
-    """crc32c in eight hex digits."""
-    return f"{crc32c(data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)):08x}"
+def checksum(*data: bytes | memoryview) -> str:
+    """crc32c of all parts together, in eight hex digits."""
+    check = 0
+    for part in data:
+        check = add_to_crc32c(check, part if isinstance(part, bytes) else np.frombuffer(part, np.uint8))
+    return f"{check:08x}"
 
 
 def read_file(path: Path) -> bytes:

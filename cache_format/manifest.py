@@ -34,7 +34,7 @@ class Manifest:
     precision: str
     """int8 (block-scaled codes) or bf16 (bit-exact)."""
     step_divisor: float
-    """int8: the step of a Gaussian vector is its root mean square over this; see codec. 0 for bf16."""
+    """int8: the step of a Gaussian vector is its root mean square over this; see int8. 0 for bf16."""
     window: int
     """Tokens permuted and committed together; a multiple of CHUNK."""
     seed: int

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from google_crc32c import extend, value
 
 from . import layout
-from .codec import Floats, dequantise, from_bf16_bits
+from .bf16 import from_bf16_bits
 from .errors import CacheError, DamagedCacheError
 from .files import checksum
+from .int8 import Floats, dequantise
 from .journal import Journal, WindowEntry, check_windows, read_journal
 from .manifest import Manifest
 from .metadata import ROOT

@@ -10,6 +10,7 @@ import struct
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from google_crc32c import value as crc32c
 
-from .codec import decode_chunk
+from .codec import Parts, decode_chunk
 from .errors import DamagedCacheError
 
 _ABSENT = np.uint64(2**64 - 1)
@@ -29,19 +30,14 @@ NEAR = 1 << 16
 """Bytes between two chunks up to which one call for both costs less than two: scales are small."""
 
 
-def build_shard(chunks: Sequence[bytes], slots: int) -> memoryview:
-    """Bytes of a shard with `slots` places, of which the first len(chunks) are filled; valid until this
-    thread's next call."""
+def build_shard(chunks: Sequence[Parts], slots: int) -> Parts:
+    """Bytes of a shard with `slots` places, of which the first len(chunks) are filled."""
     index = np.full((slots, 2), _ABSENT, "<u8")
-    sizes = np.array([len(chunk) for chunk in chunks], "<u8")
+    sizes = np.array([sum(map(len, chunk)) for chunk in chunks], "<u8")
     index[: len(chunks), 0] = np.cumsum(sizes) - sizes
     index[: len(chunks), 1] = sizes
     footer = index.tobytes()
-    shard, end = _scratch(int(sizes.sum()) + index_bytes(slots), spare=0), 0
-    for part in (*chunks, footer, crc32c(footer).to_bytes(4, "little")):
-        shard[end : end + len(part)] = part
-        end += len(part)
-    return shard
+    return (*chain.from_iterable(chunks), footer + crc32c(footer).to_bytes(4, "little"))
 
 
 def index_bytes(slots: int) -> int:

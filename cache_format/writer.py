@@ -13,22 +13,19 @@ Memory: `window.memory` states the bound, three windows and two shards for each 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from ..stopwatch import Stopwatch
 from . import layout
-from .codec import encode_chunk
+from .encoders import Encoders
 from .errors import CacheError
-from .files import checksum, sync_folders, write_file
+from .files import checksum, sync_folders
 from .folder import Documents, claim_folder, lock, write_root
 from .journal import (
-    FileEntry,
     Journal,
     LogSizes,
     WindowEntry,
@@ -41,8 +38,9 @@ from .journal import (
 )
 from .manifest import Manifest
 from .sample_log import SampleLog
+from .sealed import SealedWindow
 from .stream import Stream
-from .window import Columns, Values, Window
+from .window import Columns, Quantisers, Values, Window
 
 
 class CacheWriter:
@@ -88,8 +86,8 @@ class CacheWriter:
         except BaseException:
             self._unlock()
             raise
-        self._encoders = ThreadPoolExecutor(threads, "clt-encode")
-        self._quantisers = ThreadPoolExecutor(threads, "clt-quantise")
+        self._encoders = Encoders(folder, rank, threads, self.watch)
+        self._quantisers = Quantisers(threads)
         self._committer = ThreadPoolExecutor(1, "clt-commit")
         self._commits: list[Future[None]] = []
         self._free: list[Window] = []
@@ -211,8 +209,9 @@ class CacheWriter:
                 if not self.complete:
                     self._rejected.show_waiting()
         finally:
-            for pool in (self._committer, self._encoders, self._quantisers):
-                pool.shutdown(cancel_futures=True)
+            self._committer.shutdown(cancel_futures=True)
+            self._encoders.shutdown()
+            self._quantisers.shutdown()
             self._unlock()
 
     def _unlock(self) -> None:
@@ -246,7 +245,8 @@ class CacheWriter:
     def _commit(
         self, split: str, number: int, window: Window, position: tuple[int, int], lines: tuple[bytes, bytes]
     ) -> None:
-        files = dict(self._write_window(split, number, window))
+        stream = self._streams[split]
+        files = self._encoders.write(SealedWindow(window, split, number), stream)
         folders = {(self.folder / name).parent for name in files}
         with self.watch.measure("disk"):
             sync_folders(sorted(folders))
@@ -263,34 +263,10 @@ class CacheWriter:
         append(self._journal_fd, window_line(entry))
         self.bytes_written += sum(file.size for file in files.values())
         self.committed_here += window.tokens
-        self._streams[split].committed += window.tokens
+        stream.committed += window.tokens
         self._documents.refresh()
         self._after_commit()
         self._free.append(window.clear())
-
-    def _write_window(self, split: str, number: int, window: Window) -> Iterator[tuple[str, FileEntry]]:
-        stream = self._streams[split]
-        group = window.seal()
-        stream.count += np.bincount(group, minlength=layout.N_GROUPS)
-        for file in window.token_files(split, number):
-            yield self._write(file.path, file.data)
-
-        def write_layer(place: tuple[str, int]) -> list[tuple[str, FileEntry]]:
-            site, index = place
-            with self.watch.measure("encode"):
-                files = window.layer_files(split, number, site, index, group, stream.sums[site])
-                return [self._write(file.path, file.data) for file in files]
-
-        places = [(site, index) for site in layout.SITES for index in range(self.manifest.n_layers)]
-        for entries in self._encoders.map(write_layer, places):
-            yield from entries
-        for path, array in stream.statistics(split, number):
-            yield self._write(path, encode_chunk(array))
-
-    def _write(self, name: str, data: bytes | memoryview) -> tuple[str, FileEntry]:
-        with self.watch.measure("disk"):
-            write_file(self.folder / name, data, self.rank)
-        return name, FileEntry(len(data), checksum(data))
 
     def _commit_logs(self, samples: bytes, rejected: bytes) -> LogSizes:
         return LogSizes(self._samples.commit(samples), self._rejected.commit(rejected))

@@ -1,6 +1,6 @@
 """The cache's int8 codes, made where the activations are: a quarter of float32's bytes leave the device.
 
-Bit for bit what `cache_format.codec.quantise` gives: the same operations in the same order, the sum of sizes
+Bit for bit what `cache_format.int8.quantise` gives: the same operations in the same order, the sum of sizes
 included, for which numpy's pairwise summation is followed. `agrees` checks that on the device in use.
 """
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache_format.codec import GAUSSIAN, quantise
+from ..cache_format.int8 import GAUSSIAN, quantise
 from ..cache_format.layout import BLOCK, n_blocks
 
 LARGEST_STEP = float(np.finfo(np.float16).max)

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import settings
 
 from clt.cache_format import CacheWriter, Manifest, Split
-from clt.cache_format.codec import dequantise, from_bf16_bits, quantise, to_bf16_bits
+from clt.cache_format.bf16 import from_bf16_bits, to_bf16_bits
+from clt.cache_format.int8 import dequantise, quantise
 from clt.cache_format.layout import SITES
 
 settings.register_profile("clt", max_examples=50, deadline=None)  # a slow machine is no failure

@@ -10,14 +10,9 @@ from hypothesis.extra.numpy import arrays
 from numcodecs import Zstd
 
 from clt.cache_format import CacheError, DamagedCacheError
-from clt.cache_format.codec import (
-    decode_chunk,
-    dequantise,
-    encode_chunk,
-    from_bf16_bits,
-    quantise,
-    to_bf16_bits,
-)
+from clt.cache_format.bf16 import from_bf16_bits, to_bf16_bits
+from clt.cache_format.codec import decode_chunk, encode_chunk
+from clt.cache_format.int8 import dequantise, quantise
 from clt.cache_format.layout import BLOCK, n_blocks
 
 LARGEST = 127 * 65504.0

@@ -1,4 +1,8 @@
-"""quantise.c against what numpy makes of the same values: the same bits, or the same refusal."""
+"""quantise.c and gather.c against what numpy makes of the same arrays: the same bits, or the same refusal."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -7,8 +11,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from clt.cache_format import CacheError, codec
+from clt.cache_format import CacheError, bf16, gathered, int8
 from clt.cache_format.compiled import COMPILED
+from clt.cache_format.int8 import Measures, Quantised, quantise, quantise_into
+from clt.cache_format.layout import BLOCK, n_blocks
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="quantise.c is not compiled here")
 
@@ -19,37 +25,54 @@ EXTREMES = st.sampled_from(
 )
 
 
-def by_numpy(values: npt.NDArray[np.float32], divisor: float) -> codec.Quantised:
+def by_numpy(work: Callable[[], Any]) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codec, "COMPILED", False)
-        return codec.quantise(values, divisor)
+        for module in (int8, bf16, gathered):
+            patch.setattr(module, "COMPILED", False)
+        return work()
+
+
+def measured(values: npt.NDArray[np.float32], divisor: float) -> tuple[Quantised, Measures]:
+    tokens, width = values.shape
+    made = Quantised(np.empty((tokens, width), np.int8), np.empty((tokens, n_blocks(width)), np.float16))
+    told = Measures(np.empty(tokens, np.float32), np.empty(tokens), np.empty(tokens, np.float32))
+    quantise_into(made, values, divisor, told)
+    return made, told
 
 
 def assert_same(values: npt.NDArray[np.float32], divisor: float) -> None:
     try:
-        codes, scale = by_numpy(values, divisor)
+        (codes, scale), expected = by_numpy(lambda: measured(values, divisor))
     except CacheError as fault:
-        with pytest.raises(CacheError, match=str(fault)[:30]):
-            codec.quantise(values, divisor)
+        for work in (measured, quantise):
+            with pytest.raises(CacheError, match=str(fault)[:30]):
+                work(values, divisor)
         return
-    ours = codec.quantise(values, divisor)
-    np.testing.assert_array_equal(ours.codes, codes)
-    np.testing.assert_array_equal(ours.scale.view(np.uint16), scale.view(np.uint16))
+    made, told = measured(values, divisor)
+    for ours in (made, quantise(values, divisor)):
+        np.testing.assert_array_equal(ours.codes, codes)
+        np.testing.assert_array_equal(ours.scale.view(np.uint16), scale.view(np.uint16))
+    np.testing.assert_array_equal(told.peak, expected.peak)
+    np.testing.assert_allclose(told.square, expected.square, rtol=1e-13)
+    np.testing.assert_allclose(told.noise, expected.noise, rtol=1e-5)
+
+
+def draw(width: int, tokens: int = 60) -> npt.NDArray[np.float32]:
+    """Heavy tails, massive channels, zeros, next to nothing; and numbers with few digits, which tie."""
+    rng = np.random.default_rng(width)
+    values = rng.standard_t(3, (tokens, width)).astype(np.float32)
+    values *= np.exp2(rng.uniform(-45, 17, (tokens, 1))).astype(np.float32)
+    values[::5, rng.integers(0, width)] *= 30
+    values[1], values[2] = 0, 1e-44
+    values[3] = rng.integers(-254, 255, width) / np.float32(2)
+    return values.clip(-EDGE, EDGE)
 
 
 @pytest.mark.parametrize("divisor", [8.0, 16.0, 0.3, 3.0])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_vectors_of_every_size(width: int, divisor: float) -> None:
-    """Heavy tails, massive channels, zeros, next to nothing; also of numbers with few digits, which tie."""
-    rng = np.random.default_rng(width)
-    values = rng.standard_t(3, (60, width)).astype(np.float32)
-    values *= np.exp2(rng.uniform(-45, 17, (60, 1))).astype(np.float32)
-    values[::5, rng.integers(0, width)] *= 30
-    values[1], values[2] = 0, 1e-44
-    values[3] = rng.integers(-254, 255, width) / np.float32(2)
-    values.clip(-EDGE, EDGE, out=values)
-    assert_same(values, divisor)
-    assert_same(-values[::2], divisor)
+    assert_same(draw(width), divisor)
+    assert_same(-draw(width)[::2], divisor)
 
 
 @given(
@@ -68,32 +91,109 @@ def test_any_floats(values: npt.NDArray[np.float32], divisor: float) -> None:
     assert_same(values, divisor)
 
 
-@given(
-    arrays(np.float32, (1, 64), elements=st.integers(-127, 127).map(lambda n: n + 0.5), fill=st.just(127.0))
+@given(st.integers(0, 2**32), st.integers(-20, 9))
+def test_ties_go_to_the_even_code(seed: int, exponent: int) -> None:
+    """A peak of 127 steps in every block, and values halfway between two codes."""
+    rng = np.random.default_rng(seed)
+    values = (rng.integers(-127, 127, (4, 2 * BLOCK)) + 0.5).astype(np.float32)
+    values[:, ::BLOCK] = 127
+    values *= np.float32(2.0**exponent)
+    codes, scale = quantise(values, 1e4)
+    assert (scale == np.float16(2.0**exponent)).all()
+    np.testing.assert_array_equal(codes, np.rint(values / np.float32(2.0**exponent)))
+    assert_same(values, 1e4)
+
+
+@given(arrays(np.uint32, (3, 70), elements=st.integers(0, 2**32 - 1)))
+@example(
+    np.array([[0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x80000001, 0x7F800001, 0xFFC12345, 0x7F800000]] * 3, "u4")
 )
-def test_ties_go_to_the_even_code(values: npt.NDArray[np.float32]) -> None:
-    """Steps of one: a peak of 127 in a block whose mean asks for less."""
-    assert_same(values.clip(-127, 127), 1000.0)
+def test_bf16_of_any_bits(bits: npt.NDArray[np.uint32]) -> None:
+    """Rounded alike, NaN payloads included; norms in float64, which nothing swallows or overflows."""
+    values = bits.view(np.float32)
+    expected = by_numpy(lambda: bf16.to_bf16_bits(values))
+    np.testing.assert_array_equal(bf16.to_bf16_bits(values), expected)
+
+    def store(given: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], ...]:
+        place, square, peak = np.empty(values.shape, np.uint16), np.empty(3), np.empty(3, np.float32)
+        with np.errstate(invalid="ignore"):
+            bf16.store_bits(place, given, square, peak)
+        return place, square, peak
+
+    for given_as in (values, expected):
+        ours, theirs = store(given_as), by_numpy(lambda given_as=given_as: store(given_as))
+        np.testing.assert_array_equal(ours[0], expected)
+        np.testing.assert_array_equal(theirs[0], expected)
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-13)
+        np.testing.assert_array_equal(ours[2], theirs[2])
 
 
-def test_buffers_that_do_not_belong_together_are_refused() -> None:
-    """Nothing is read or written behind an end."""
-    from clt.cache_format import _quantise
+@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("tokens", [1, 64, 65, 150])
+@pytest.mark.parametrize("width", [1, 64, 80, 576, 1100])
+def test_chunks_and_sums(width: int, tokens: int, precision: str) -> None:
+    """The same bytes in the same order; sums to the last bit, for both add one vector after the other."""
+    rng = np.random.default_rng(tokens)
+    values, order = draw(width, max(tokens, 6))[:tokens], rng.permutation(tokens)
+    group = rng.integers(0, 8, tokens)
 
-    x, codes, scale = np.ones((3, 80), np.float32), np.empty((3, 80), np.int8), np.empty((3, 2), np.float16)
-    told = np.empty(3, np.float32), np.empty(3), np.empty(3, np.float32)
-    assert _quantise.quantise(x, 80, 0.1, codes, scale, *told) == -1
-    for wrong in (
-        (x[:2], 80, 0.1, codes, scale),
-        (x, 79, 0.1, codes, scale),
-        (x, 0, 0.1, codes, scale),
-        (x, -80, 0.1, codes, scale),
-        (x, 80, 0.1, codes, scale[:2]),
-        (x, 80, 0.1, codes, scale, told[0][:2], *told[1:]),
-        (x, 80, 0.1, codes, scale, told[0], told[1][:2], told[2]),
-        (x, 80, 0.1, codes, scale, *told[:2], told[2][:2]),
-    ):
-        with pytest.raises(ValueError, match="do not belong together"):
-            _quantise.quantise(*wrong)
+    def work() -> tuple[list[Any], npt.NDArray[np.float64]]:
+        sums = np.ones((8, width))
+        if precision == "int8":
+            chunks = [*gathered.gather_codes(quantise(values, 8.0), order, group, sums)]
+            return [b"".join(part) for pair in chunks for part in pair], sums
+        return [
+            b"".join(parts) for parts in gathered.gather_bits(bf16.to_bf16_bits(values), order, group, sums)
+        ], sums
+
+    (chunks, sums), (expected, expected_sums) = work(), by_numpy(work)
+    assert chunks == expected
+    np.testing.assert_array_equal(sums, expected_sums)
+
+
+X, CODES, SCALE = np.ones((3, 80), "f4"), np.zeros((3, 80), "i1"), np.zeros((3, 2), "f2")
+TOLD = np.empty(3, "f4"), np.empty(3), np.empty(3, "f4")
+BITS, CHUNK, STEPS = np.zeros((3, 80), "u2"), np.empty((64, 80), "i1"), np.empty((64, 2), "f2")
+ORDER, GROUP, SUMS = np.arange(3), np.zeros(3, "i8"), np.zeros((8, 80))
+CALLS = {
+    "_quantise.quantise": (X, 80, 0.1, CODES, SCALE, *TOLD),
+    "_quantise.round_to_bf16": (X, 80, BITS, *TOLD[1:]),
+    "_gather.gather_codes": (CODES, SCALE, 80, ORDER, GROUP, CHUNK, STEPS, SUMS),
+    "_gather.gather_planes": (BITS, 80, ORDER, GROUP, CHUNK, CHUNK.copy(), SUMS),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_buffers_that_do_not_belong_together_are_refused(name: str) -> None:
+    """Nothing is read or written behind an end, whichever argument is wrong."""
+    module, function = name.split(".")
+    call, right = getattr(importlib.import_module(f"clt.cache_format.{module}"), function), CALLS[name]
+    call(*right)
+    for nth, argument in enumerate(right):
+        if isinstance(argument, float):
+            continue
+        short = (79, 0, -80, 2**62) if isinstance(argument, int) else (argument[:-1], argument[..., :0])
+        for wrong in short:
+            if argument is ORDER:
+                continue  # fewer rows are a short chunk
+            with pytest.raises((ValueError, BufferError)):
+                call(*right[:nth], wrong, *right[nth + 1 :])
     with pytest.raises((ValueError, BufferError)):
-        _quantise.quantise(x.T, 80, 0.1, codes, scale)
+        call(right[0].T, *right[1:])
+    with pytest.raises((ValueError, BufferError, TypeError)):
+        call(*right[:-2], right[-1])
+
+
+@pytest.mark.parametrize("name", ["_gather.gather_codes", "_gather.gather_planes"])
+@pytest.mark.parametrize(
+    "wrong", [{"order": [0, 3]}, {"order": [-1]}, {"group": [0, 8, 0]}, {"group": [0, -1, 0]}]
+)
+def test_rows_and_groups_out_of_range_are_refused(name: str, wrong: dict[str, list[int]]) -> None:
+    module, function = name.split(".")
+    call = getattr(importlib.import_module(f"clt.cache_format.{module}"), function)
+    places = {"order": ORDER, "group": GROUP, **{key: np.array(value) for key, value in wrong.items()}}
+    given_as = {id(ORDER): places["order"], id(GROUP): places["group"]}
+    with pytest.raises(ValueError, match="do not belong together"):
+        call(*(given_as.get(id(argument), argument) for argument in CALLS[name]))
+    with pytest.raises(ValueError, match="do not belong together"):
+        call(*(np.zeros(65, "i8") if argument is ORDER else argument for argument in CALLS[name]))

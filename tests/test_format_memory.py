@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import clt.cache_format
-from clt.cache_format.codec import SLAB
+from clt.cache_format.int8 import SLAB
 from clt.cache_format.manifest import Manifest
 from clt.cache_format.window import memory
 

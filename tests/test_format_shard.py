@@ -43,7 +43,7 @@ def decoded(shard: Shard, slot: int) -> npt.NDArray[np.int8]:
     return out
 
 
-DATA = bytes(build_shard([encode_chunk(chunk) for chunk in CHUNKS], 4))
+DATA = b"".join(build_shard([(encode_chunk(chunk),) for chunk in CHUNKS], 4))
 
 
 @IO
@@ -205,7 +205,7 @@ def test_any_bytes_are_no_shard(put: Callable[[bytes], Path], data: bytes, slots
 def test_building_fills_the_first_slots(chunks: list[bytes], spare: int) -> None:
     """Every chunk lies where the index says, back to back; what is left over is absent."""
     slots = len(chunks) + spare
-    data = bytes(build_shard(chunks, slots))
+    data = b"".join(build_shard([(chunk,) for chunk in chunks], slots))
     index = np.frombuffer(data[len(data) - 4 - 16 * slots : -4], "<u8").reshape(slots, 2)
     for chunk, (start, size) in zip(chunks, index.tolist(), strict=False):
         assert data[start : start + size] == chunk

@@ -16,7 +16,7 @@ from clt.cache_format import layout, open_cache
 from clt.cache_format.manifest import Manifest, parse_manifest
 from clt.cache_format.metadata import documents
 from clt.cache_format.permutation import permutation
-from clt.cache_format.window import SINK_RATIO
+from clt.cache_format.sealed import SINK_RATIO
 
 TEXT = (Path(clt.cache_format.__file__).parent / "FORMAT.md").read_text()
 
@@ -103,7 +103,7 @@ def test_the_six_lines_read_a_cache(tmp_path: Path, precision: str) -> None:
 
 def test_the_int8_step_is_as_written(tmp_path: Path) -> None:
     """max(min(sqrt(pi/2) mean|x| / q, 65504), absmax of the block / 127), rounded up to float16."""
-    from clt.cache_format.codec import quantise
+    from clt.cache_format.int8 import quantise
 
     x = np.random.default_rng(0).standard_normal((20, 150)).astype(np.float32)
     x[3, 70] = 4000.0

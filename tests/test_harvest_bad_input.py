@@ -221,7 +221,7 @@ def test_full_disk_keeps_what_is_committed(
     """ENOSPC in the middle of a window: the error passes on, what is committed opens, a rerun completes."""
     tiny.write_dataset(tmp_path / "data")
     config = configure(model, tmp_path / "data" / "train.jsonl", tmp_path / "c", batch_tokens=70)
-    write, calls = clt.cache_format.writer.write_file, []
+    write, calls = clt.cache_format.encoders.write_file, []
 
     def failing(path: Path, data: bytes, rank: int) -> None:
         calls.append(path)
@@ -229,7 +229,7 @@ def test_full_disk_keeps_what_is_committed(
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         write(path, data, rank)
 
-    monkeypatch.setattr(clt.cache_format.writer, "write_file", failing)
+    monkeypatch.setattr(clt.cache_format.encoders, "write_file", failing)
     with pytest.raises(OSError, match="No space left on device"):
         harvest(config)
     monkeypatch.undo()

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from clt.cache_format.codec import quantise, quantise_slab
-from clt.cache_format.layout import n_blocks
+from clt.cache_format.int8 import Measures, quantise, quantise_into
 from clt.harvest.quantiser import agrees, pairwise_sum, quantise_on_device
 
 WIDTHS = [1, 7, 63, 64, 80, 129, 576, 896, 2304, 2880, 4096]
@@ -70,10 +69,13 @@ def test_what_the_statistics_ask_for(width: int) -> None:
     np.testing.assert_allclose(
         ours.noise.numpy(), ((stored - values) ** 2).sum(axis=1), rtol=1e-3, atol=1e-6 * step.max() ** 2
     )
-    steps = quantise_slab(
-        values, 8.0, np.empty(values.shape, np.int8), np.empty((len(values), n_blocks(width)), np.float16)
+    told = Measures(
+        np.empty(len(values), np.float32), np.empty(len(values)), np.empty(len(values), np.float32)
     )
-    assert np.array_equal((steps.peak * ours.scale.numpy()).max(axis=1), ours.peak.numpy())
+    quantise_into(quantise(values, 8.0), values, 8.0, told)
+    assert np.array_equal(told.peak, ours.peak.numpy())
+    np.testing.assert_allclose(told.square, ours.square.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(told.noise, ours.noise.numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf, 3e7])

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from clt.cache_format.codec import to_bf16_bits
+from clt.cache_format.bf16 import to_bf16_bits
 from clt.cache_format.layout import SITES
 from clt.train.reader import Batch
 from clt.train.shape import Shape

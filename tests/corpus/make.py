@@ -106,7 +106,7 @@ def hand_picked() -> dict[str, dict[str, bytes]]:
 
 def sound_shard(dtype: type) -> bytes:
     chunk = (np.arange(64 * 66) % 7).astype(dtype).reshape(64, 66)
-    return bytes(build_shard([encode_chunk(chunk)] * SLOTS, SLOTS))
+    return b"".join(build_shard([(encode_chunk(chunk),)] * SLOTS, SLOTS))
 
 
 def bad_shards() -> dict[str, bytes]:

@@ -1,0 +1,141 @@
+/* A window's rows into a chunk, in their stored order, and the sums of what they hold by group: one look at each
+ * row, which lies far from the processor, and all the rest of the work on the chunk, which lies near. */
+#include "kernels.h"
+
+enum { CHUNK = 64, GROUPS = 8, TILE = 1024 };
+
+/* Whether every row that `order` asks for is there, and its group too. */
+static int in_range(const Py_buffer *order, const Py_buffer *group)
+{
+    Py_ssize_t tokens = order->len / 8, rows = group->len / 8;
+    for (Py_ssize_t token = 0; token < tokens; token++) {
+        int64_t row = ((int64_t *)order->buf)[token];
+        if (row < 0 || row >= rows || ((int64_t *)group->buf)[row] < 0 || ((int64_t *)group->buf)[row] >= GROUPS)
+            return 0;
+    }
+    return 1;
+}
+
+/* Rows of `bytes` bytes; zeros behind the last. */
+static void gather(const char *from, Py_ssize_t bytes, const Py_buffer *order, char *chunk)
+{
+    Py_ssize_t tokens = order->len / 8;
+    for (Py_ssize_t token = 0; token < tokens; token++)
+        memcpy(chunk + token * bytes, from + ((int64_t *)order->buf)[token] * bytes, bytes);
+    memset(chunk + tokens * bytes, 0, (CHUNK - tokens) * bytes);
+}
+
+/* One block of a row; the product has 19 digits at most and is exact. */
+INLINE void add_codes(const int8_t *restrict codes, float step, int n, double *restrict sums)
+{
+    for (int i = 0; i < n; i++)
+        sums[i] += (double)((float)codes[i] * step);
+}
+
+WIDEST static void add_rows(const int8_t *codes, const uint16_t *scale, Py_ssize_t width,
+                            const Py_buffer *order, const int64_t *group, double *sums)
+{
+    Py_ssize_t tokens = order->len / 8;
+    for (Py_ssize_t start = 0; start < width; start += TILE)
+        for (Py_ssize_t token = 0; token < tokens; token++) {
+            double *sum = sums + group[((int64_t *)order->buf)[token]] * width;
+            const int8_t *row = codes + token * width;
+            const uint16_t *steps = scale + token * n_blocks(width);
+            Py_ssize_t at = start, end = start + TILE < width ? start + TILE : width;
+            for (; at + BLOCK <= end; at += BLOCK)
+                add_codes(row + at, half_to_float(steps[at / BLOCK]), BLOCK, sum + at);
+            if (at < end)
+                add_codes(row + at, half_to_float(steps[at / BLOCK]), (int)(end - at), sum + at);
+        }
+}
+
+WIDEST static void split_row(const uint16_t *restrict bits, Py_ssize_t width, uint8_t *restrict low,
+                             uint8_t *restrict high)
+{
+    for (Py_ssize_t i = 0; i < width; i++) {
+        low[i] = (uint8_t)bits[i];
+        high[i] = (uint8_t)(bits[i] >> 8);
+    }
+}
+
+WIDEST static void add_row(const uint16_t *restrict bits, Py_ssize_t width, double *restrict sums)
+{
+    for (Py_ssize_t i = 0; i < width; i++)
+        sums[i] += (double)float_of((uint32_t)bits[i] << 16);
+}
+
+static PyObject *finish(Py_buffer *buffers, int number, int fit)
+{
+    release(buffers, number);
+    if (fit)
+        return Py_NewRef(Py_None);
+    PyErr_SetString(PyExc_ValueError, DO_NOT_FIT);
+    return NULL;
+}
+
+static PyObject *gather_codes(PyObject *module, PyObject *arguments)
+{
+    enum { CODES, SCALE, ORDER, GROUP, CHUNK_CODES, CHUNK_SCALE, SUMS, ALL };
+    Py_buffer at[ALL] = {{0}};
+    Py_ssize_t width;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*y*ny*y*w*w*w*", &at[CODES], &at[SCALE], &width, &at[ORDER], &at[GROUP],
+                          &at[CHUNK_CODES], &at[CHUNK_SCALE], &at[SUMS]))
+        return NULL;
+    Py_ssize_t rows = at[GROUP].len / 8, scales = 2 * n_blocks(width);
+    int fit = width > 0 && holds(&at[CODES], rows, width, 1) && holds(&at[SCALE], rows, scales, 1)
+              && holds(&at[GROUP], rows, 1, 8) && at[ORDER].len <= 8 * CHUNK && at[ORDER].len % 8 == 0
+              && holds(&at[CHUNK_CODES], CHUNK, width, 1) && holds(&at[CHUNK_SCALE], CHUNK, scales, 1)
+              && holds(&at[SUMS], GROUPS, width, sizeof(double)) && in_range(&at[ORDER], &at[GROUP]);
+    if (fit) {
+        Py_BEGIN_ALLOW_THREADS;
+        gather(at[CODES].buf, width, &at[ORDER], at[CHUNK_CODES].buf);
+        gather(at[SCALE].buf, scales, &at[ORDER], at[CHUNK_SCALE].buf);
+        add_rows(at[CHUNK_CODES].buf, at[CHUNK_SCALE].buf, width, &at[ORDER], at[GROUP].buf, at[SUMS].buf);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish(at, ALL, fit);
+}
+
+static PyObject *gather_planes(PyObject *module, PyObject *arguments)
+{
+    enum { BITS, ORDER, GROUP, LOW, HIGH, SUMS, ALL };
+    Py_buffer at[ALL] = {{0}};
+    Py_ssize_t width;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "y*ny*y*w*w*w*", &at[BITS], &width, &at[ORDER], &at[GROUP], &at[LOW],
+                          &at[HIGH], &at[SUMS]))
+        return NULL;
+    Py_ssize_t rows = at[GROUP].len / 8, tokens = at[ORDER].len / 8;
+    int fit = width > 0 && holds(&at[BITS], rows, width, 2) && holds(&at[GROUP], rows, 1, 8)
+              && at[ORDER].len <= 8 * CHUNK && at[ORDER].len % 8 == 0 && holds(&at[LOW], CHUNK, width, 1)
+              && holds(&at[HIGH], CHUNK, width, 1) && holds(&at[SUMS], GROUPS, width, sizeof(double))
+              && in_range(&at[ORDER], &at[GROUP]);
+    if (fit) {
+        uint8_t *low = at[LOW].buf, *high = at[HIGH].buf;
+        Py_BEGIN_ALLOW_THREADS;
+        for (Py_ssize_t token = 0; token < tokens; token++) {
+            int64_t row = ((int64_t *)at[ORDER].buf)[token], group = ((int64_t *)at[GROUP].buf)[row];
+            const uint16_t *bits = (uint16_t *)at[BITS].buf + row * width;
+            split_row(bits, width, low + token * width, high + token * width);
+            add_row(bits, width, (double *)at[SUMS].buf + group * width);
+        }
+        memset(low + tokens * width, 0, (CHUNK - tokens) * width);
+        memset(high + tokens * width, 0, (CHUNK - tokens) * width);
+        Py_END_ALLOW_THREADS;
+    }
+    return finish(at, ALL, fit);
+}
+
+static PyMethodDef methods[] = {
+    {"gather_codes", gather_codes, METH_VARARGS, NULL},
+    {"gather_planes", gather_planes, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef definition = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "_gather", .m_methods = methods};
+
+PyMODINIT_FUNC PyInit__gather(void)
+{
+    return PyModuleDef_Init(&definition);
+}

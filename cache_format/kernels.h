@@ -1,0 +1,68 @@
+/* What quantise.c and gather.c share. Sums run in an order that is written down, so that no bit depends on the
+ * processor; vectors are of eight, which every compiler splits or joins as the processor has them. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* Where the loader can choose, such a function is compiled three times and the widest is taken. */
+#if !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 11
+#define WIDEST __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define WIDEST
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { BLOCK = 64, WIDE = 8 };
+
+typedef float floats __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef int32_t integers __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
+typedef double doubles __attribute__((vector_size(8 * WIDE), aligned(8), may_alias));
+
+INLINE uint32_t bits_of(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+INLINE float float_of(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* A float16 that is finite and not negative. */
+INLINE float half_to_float(uint16_t half)
+{
+    return half < 0x400 ? (float)half * 0x1p-24f : float_of(((uint32_t)half << 13) + (112u << 23));
+}
+
+INLINE double total(const doubles *sum)
+{
+    return (((*sum)[0] + (*sum)[1]) + ((*sum)[2] + (*sum)[3]))
+           + (((*sum)[4] + (*sum)[5]) + ((*sum)[6] + (*sum)[7]));
+}
+
+/* Whether a buffer is what its name in the .pyi says: so many rows of so many numbers of so many bytes. */
+INLINE int holds(const Py_buffer *buffer, Py_ssize_t rows, Py_ssize_t width, Py_ssize_t item)
+{
+    return rows <= 0 || width <= 0 ? buffer->len == 0
+                                   : width <= PY_SSIZE_T_MAX / item / rows && buffer->len == rows * width * item;
+}
+
+INLINE Py_ssize_t n_blocks(Py_ssize_t width)
+{
+    return (width + BLOCK - 1) / BLOCK;
+}
+
+INLINE void release(Py_buffer *buffers, int number)
+{
+    for (int nth = 0; nth < number; nth++)
+        PyBuffer_Release(&buffers[nth]);
+}
+
+static const char DO_NOT_FIT[] = "the buffers' sizes do not belong together";
