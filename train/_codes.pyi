@@ -25,7 +25,19 @@ def transpose(starts: Array, columns: Array, by_latent: Array, tokens: Array, or
     """The last three are written."""
 
 def top_k(width: int, k: int, threads: int, /, *arrays: Array) -> None:
-    """pre (row, width); columns and values (row, k)."""
+    """pre (row, width); columns and values (row, k).
+
+    Where given: starts (row + 1,) and latents, of which pre then has a value each.
+    """
+
+def rounded_rows(width: int, threads: int, /, *arrays: Array) -> None:
+    """rows (row, width); halves (row, width) of two bytes, norms (2, row)."""
+
+def screen(k: int, sum_error: float, threads: int, /, *arrays: Array) -> None:
+    """products (row, width) of two bytes, bias, norms (2, row), (2, width); columns (row, most), counts."""
+
+def has_bfloat16() -> bool:
+    """Of the processor."""
 
 def standardise(scale: float, block: int, threads: int, /, *arrays: Array) -> None:
     """int8 codes (row, width), steps (row, width / block), mean (width,); out (row, width)."""

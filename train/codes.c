@@ -9,36 +9,8 @@
 #include <Python.h>
 
 #include "codes_products.h"
-#include "codes_top_k.h"
-
-/* Rows of int8 codes in blocks of `block` with a step each, minus mean, over scale. */
-struct standardising {
-    struct work work; /* items: MANY rows */
-    const int8_t *codes;
-    const float *steps, *mean;
-    float *out, scale;
-    size_t rows, width, block;
-};
-
-WIDEST static void standardise_rows(const struct standardising *all, size_t first)
-{
-    size_t width = all->width, blocks = (width + all->block - 1) / all->block;
-    float inverse = 1.0f / all->scale;
-    for (size_t row = first; row < least(first + MANY, all->rows); row++)
-        for (size_t nth = 0; nth < blocks; nth++) {
-            const int8_t *codes = all->codes + row * width;
-            float step = all->steps[row * blocks + nth], *out = all->out + row * width;
-            for (size_t i = nth * all->block; i < least(width, (nth + 1) * all->block); i++)
-                out[i] = (step * codes[i] - all->mean[i]) * inverse;
-        }
-}
-
-static void standardise_all(void *argument)
-{
-    struct standardising *all = argument;
-    for (size_t item; (item = take(&all->work)) < all->work.items;)
-        standardise_rows(all, item * MANY);
-}
+#include "codes_screen.h"
+#include "codes_values.h"
 
 /* The calls from Python. All arrays are contiguous, int32 or float32 unless said otherwise. */
 
@@ -147,15 +119,15 @@ static PyObject *gradients(PyObject *module, PyObject *arguments)
     size_t rows = width > 0 ? count(tiles) / (n_tiles * TILE) : 0;
     if (width <= 0 || !are_starts(starts, n) || count(tokens) != n || !are_below(tokens, rows) || count(order) != n
         || !are_below(order, n) || count(tiles) != rows * n_tiles * TILE
-        || count(weight_grad) != latents * (size_t)width
-        || (weight->obj && (count(weight) != count(weight_grad) || count(code_grad) != n)))
+        || (count(weight_grad) && count(weight_grad) != latents * (size_t)width) || (!count(weight_grad) && add)
+        || (weight->obj && (count(weight) != latents * (size_t)width || count(code_grad) != n)))
         return finish(&b, SIZES);
     struct differentiating all = {{differentiate, threads > 1 ? (size_t)threads : 1, 0, NULL},
                                   {starts->buf, tokens->buf, values->buf, latents},
                                   order->buf,
                                   tiles->buf,
                                   weight->buf,
-                                  weight_grad->buf,
+                                  count(weight_grad) ? weight_grad->buf : NULL,
                                   code_grad->buf,
                                   rows,
                                   (size_t)width,
@@ -197,18 +169,77 @@ static PyObject *transpose(PyObject *module, PyObject *arguments)
 static PyObject *top_k(PyObject *module, PyObject *arguments)
 {
     struct buffers b = {0};
-    Py_buffer *x = b.all, *columns = b.all + 1, *values = b.all + 2;
+    Py_buffer *x = b.all, *columns = b.all + 1, *values = b.all + 2, *starts = b.all + 3, *latents = b.all + 4;
     Py_ssize_t width, k, threads;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "nnny*w*w*", &width, &k, &threads, x, columns, values))
+    if (!PyArg_ParseTuple(arguments, "nnny*w*w*|y*y*", &width, &k, &threads, x, columns, values, starts, latents))
         return NULL;
-    size_t rows = width > 0 ? count(x) / (size_t)width : 0;
-    if (k <= 0 || k > width || count(x) != rows * (size_t)width || count(columns) != rows * (size_t)k
-        || count(values) != count(columns))
+    size_t rows = starts->obj ? count(starts) - 1 : width > 0 ? count(x) / (size_t)width : 0;
+    if (k <= 0 || k > width || count(columns) != rows * (size_t)k || count(values) != count(columns)
+        || (starts->obj ? count(latents) != count(x) || !are_starts(starts, count(x)) : count(x) != rows * (size_t)width))
         return finish(&b, SIZES);
-    struct choosing all = {{choose, parts_of(rows, MANY), 0, NULL}, x->buf, columns->buf, values->buf, rows,
-                           (size_t)width, (size_t)k};
+    struct choosing all = {{choose, parts_of(rows, MANY), 0, NULL}, x->buf, starts->buf, latents->buf, columns->buf,
+                           values->buf, rows, (size_t)width, (size_t)k};
     return finish_together(&b, &all, threads);
+}
+
+static PyObject *rounded_rows(PyObject *module, PyObject *arguments)
+{
+    struct buffers b = {0};
+    Py_buffer *rows = b.all, *halves = b.all + 1, *norms = b.all + 2; /* halves: two bytes each */
+    Py_ssize_t width, threads;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "nny*w*w*", &width, &threads, rows, halves, norms))
+        return NULL;
+    size_t n_rows = width > 0 ? count(rows) / (size_t)width : 0;
+    if (width <= 0 || count(rows) != n_rows * (size_t)width || (size_t)halves->len != 2 * count(rows)
+        || count(norms) != 2 * n_rows)
+        return finish(&b, SIZES);
+    struct rounding all = {{round_all, parts_of(n_rows, MANY), 0, NULL}, rows->buf, halves->buf, norms->buf, n_rows,
+                           (size_t)width};
+    return finish_together(&b, &all, threads);
+}
+
+static PyObject *screen(PyObject *module, PyObject *arguments)
+{
+    struct buffers b = {0};
+    Py_buffer *products = b.all, *bias = b.all + 1, *row_norms = b.all + 2, *weight_norms = b.all + 3;
+    Py_buffer *columns = b.all + 4, *counts = b.all + 5; /* products: two bytes each */
+    Py_ssize_t k, threads;
+    float of_sums;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "nfny*y*y*y*w*w*", &k, &of_sums, &threads, products, bias, row_norms,
+                          weight_norms, columns, counts))
+        return NULL;
+    size_t rows = count(counts), width = count(bias), most = rows ? count(columns) / rows : 0;
+    if (k <= 0 || (size_t)k > width || (size_t)products->len != 2 * rows * width || count(row_norms) != 2 * rows
+        || count(weight_norms) != 2 * width || count(columns) != rows * most)
+        return finish(&b, SIZES);
+    struct screening all = {{screen_all, parts_of(rows, MANY), 0, NULL},
+                            products->buf,
+                            bias->buf,
+                            row_norms->buf,
+                            weight_norms->buf,
+                            columns->buf,
+                            counts->buf,
+                            rows,
+                            width,
+                            (size_t)k,
+                            most,
+                            of_sums};
+    return finish_together(&b, &all, threads);
+}
+
+/* Whether the processor multiplies bfloat16 numbers, twice as many at a time as float32 ones. */
+static PyObject *has_bfloat16(PyObject *module, PyObject *arguments)
+{
+    (void)module;
+    (void)arguments;
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+    return PyBool_FromLong(__builtin_cpu_supports("avx512bf16"));
+#else
+    return PyBool_FromLong(0);
+#endif
 }
 
 static PyObject *standardise(PyObject *module, PyObject *arguments)
@@ -224,7 +255,7 @@ static PyObject *standardise(PyObject *module, PyObject *arguments)
     if (block <= 0 || (size_t)codes->len != rows * width || count(out) != rows * width
         || count(steps) != rows * parts_of(width, (size_t)block))
         return finish(&b, SIZES);
-    struct standardising all = {{standardise_all, parts_of(rows, MANY), 0, NULL}, codes->buf, steps->buf,
+    struct standardising all = {{standardise_all, parts_of(rows, VALUES_AT_ONCE), 0, NULL}, codes->buf, steps->buf,
                                 mean->buf, out->buf, scale, rows, width, (size_t)block};
     return finish_together(&b, &all, threads);
 }
@@ -232,7 +263,9 @@ static PyObject *standardise(PyObject *module, PyObject *arguments)
 static PyMethodDef methods[] = {
     {"decode", decode, METH_VARARGS, NULL},       {"tiled", tiled, METH_VARARGS, NULL},
     {"gradients", gradients, METH_VARARGS, NULL}, {"transpose", transpose, METH_VARARGS, NULL},
-    {"top_k", top_k, METH_VARARGS, NULL},         {"standardise", standardise, METH_VARARGS, NULL},
+    {"top_k", top_k, METH_VARARGS, NULL},
+    {"rounded_rows", rounded_rows, METH_VARARGS, NULL}, {"screen", screen, METH_VARARGS, NULL},
+    {"has_bfloat16", has_bfloat16, METH_NOARGS, NULL},         {"standardise", standardise, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -131,7 +131,7 @@ static void cut_tiles(void *argument)
 
 /* weight_grad (latent, width) of the transpose, `codes`, and tiles of its columns' rows, written or added; code_grad
  * (code), added: each code's latent's row of weight times its token's row. order: places of the transpose's codes
- * in values and code_grad. weight, code_grad: or NULL. */
+ * in values and code_grad. weight, code_grad: or NULL; weight_grad: or NULL, where only the codes' is wanted. */
 struct differentiating {
     struct work work; /* items: stretches of latents */
     struct codes codes;
@@ -151,7 +151,8 @@ WIDEST static void both_gradients(const struct differentiating *all, const float
         const float *tile = all->tiles + at * all->tokens;
         size_t filled = least(TILE, all->width - at);
         for (size_t latent = first; latent < end; latent++) {
-            float *written = all->weight_grad + latent * all->width + at, padded[TILE];
+            size_t here = latent * all->width + at;
+            float unwanted[TILE], padded[TILE], *written = all->weight_grad ? all->weight_grad + here : unwanted;
             vector sum[VECTORS] = {{0}}, own[VECTORS];
             if (all->add)
                 memcpy(sum, tile_of(written, filled, padded), sizeof sum);
@@ -163,8 +164,8 @@ WIDEST static void both_gradients(const struct differentiating *all, const float
                         sum[v] += values[code] * read[v];
                 }
             else {
-                const float *row = all->weight + latent * all->width + at;
-                if (latent + 1 < end)
+                const float *row = all->weight + here;
+                if (latent + 1 < end && all->weight_grad)
                     for (size_t ahead = all->width; ahead < all->width + filled; ahead += LANES) {
                         __builtin_prefetch(row + ahead);
                         __builtin_prefetch(written + ahead, 1);

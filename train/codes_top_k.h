@@ -43,9 +43,8 @@ INLINE int32_t keep_largest(struct kept *kept, size_t k)
     return smallest;
 }
 
-/* The k largest of relu(x) (width), at ascending places. room: for `kept`, `size` of them and KEYS more. */
-INLINE void top_of_row(const float *x, size_t width, size_t k, struct kept *kept, size_t size, int32_t *columns,
-                       float *values)
+/* Leave in `kept` the k largest that are positive of x (width), at ascending places; `size`: its room less KEYS. */
+INLINE void keep_of_row(const float *x, size_t width, size_t k, struct kept *kept, size_t size)
 {
     int32_t wanted = 1;
     kept->n = 0;
@@ -74,25 +73,34 @@ INLINE void top_of_row(const float *x, size_t width, size_t k, struct kept *kept
     }
     if (kept->n > k)
         keep_largest(kept, k);
-    size_t zeros = k - kept->n, next = 0;
-    for (size_t place = 0, n = 0; n < k; place++) { /* zeros fill up, at the first places that are free */
-        int is_kept = next < kept->n && (size_t)kept->places[next] == place;
-        if (!is_kept && !zeros) {
-            place = (size_t)kept->places[next] - 1;
-            continue;
-        }
-        columns[n] = (int32_t)place;
-        values[n++] = is_kept ? x[place] : 0.0f;
-        next += (size_t)is_kept;
-        zeros -= (size_t)!is_kept;
+}
+
+/* The k largest of relu(x), at ascending latents; latents: of x, or NULL where they are its places. Zeros fill up, at
+ * the first latents that are free. */
+INLINE void top_of_row(const float *x, const int32_t *latents, size_t width, size_t k, struct kept *kept, size_t size,
+                       int32_t *columns, float *values)
+{
+    keep_of_row(x, width, k, kept, size);
+    int32_t zero = 0;
+    for (size_t n = 0, next = 0, zeros = k - kept->n; n < k; n++) {
+        int32_t place = next < kept->n ? kept->places[next] : 0;
+        int32_t latent = next < kept->n ? (latents ? latents[place] : place) : INT32_MAX;
+        int is_zero = zeros && zero < latent;
+        columns[n] = is_zero ? zero : latent;
+        values[n] = is_zero ? 0.0f : x[place];
+        zero += is_zero || zero == latent;
+        zeros -= (size_t)is_zero;
+        next += (size_t)!is_zero;
     }
 }
 
 enum { MANY = 64 };
 
+/* Of rows of x (row, width); with starts, of rows of as many values as they say, whose latents are told. */
 struct choosing {
     struct work work; /* items: MANY rows */
     const float *x;
+    const int32_t *starts, *latents;
     int32_t *columns;
     float *values;
     size_t rows, width, k;
@@ -100,9 +108,12 @@ struct choosing {
 
 WIDEST static void top_of_rows(const struct choosing *all, struct kept *kept, size_t size, size_t first)
 {
-    for (size_t row = first; row < least(first + MANY, all->rows); row++)
-        top_of_row(all->x + row * all->width, all->width, all->k, kept, size, all->columns + row * all->k,
-                   all->values + row * all->k);
+    for (size_t row = first; row < least(first + MANY, all->rows); row++) {
+        size_t begin = all->starts ? (size_t)all->starts[row] : row * all->width;
+        size_t n = all->starts ? (size_t)all->starts[row + 1] - begin : all->width;
+        top_of_row(all->x + begin, all->starts ? all->latents + begin : NULL, n, all->k, kept, size,
+                   all->columns + row * all->k, all->values + row * all->k);
+    }
 }
 
 static void choose(void *argument)

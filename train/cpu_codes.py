@@ -3,6 +3,7 @@
 Each sum has one order: results do not depend on the number of threads, which is torch's.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -92,6 +93,63 @@ def top_k(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns, values = torch.empty(rows, k, dtype=torch.int32), pre.new_empty(rows, k)
     top_k(width, k, torch.get_num_threads(), *map(_array, (pre.contiguous(), columns, values)))
     return values, columns
+
+
+def top_k_of(codes: tuple[Tensor, Tensor, Tensor], n_latents: int, k: int) -> tuple[Tensor, Tensor]:
+    """As `top_k`, of pre-activations (starts, latents, values) of all latents that may be among the k."""
+    from ._codes import top_k
+
+    starts, latents, pre = codes
+    columns, values = latents.new_empty(len(starts) - 1, k), pre.new_empty(len(starts) - 1, k)
+    top_k(n_latents, k, torch.get_num_threads(), *map(_array, (pre, columns, values, starts, latents)))
+    return values, columns
+
+
+def products(codes: tuple[Tensor, Tensor], rows: Tiles, weight: Tensor, out: Tensor) -> None:
+    """out (code,) += each code's latent's row of weight (latent, d) times its token's row."""
+    from ._codes import gradients
+
+    by_latent, nothing = transpose(*codes, len(weight)), weight.new_empty(0)
+    arrays = map(_array, (*by_latent, out, rows.values, nothing, weight, out))
+    gradients(rows.width, False, torch.get_num_threads(), *arrays)
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 numbers."""
+    from ._codes import has_bfloat16
+
+    return has_bfloat16()
+
+
+def round_rows(rows: Tensor, halves: Tensor, norms: Tensor) -> None:
+    """Of rows (row, d): halves (row, d) bfloat16; norms (2, row), as `screen` takes them."""
+    from ._codes import rounded_rows
+
+    arrays = map(_array, (rows, halves.view(torch.int16), norms))
+    rounded_rows(rows.shape[1], torch.get_num_threads(), *arrays)
+
+
+def screen(
+    products: Tensor,
+    bias: Tensor,
+    row_norms: Tensor,
+    weight_norms: Tensor,
+    k: int,
+    most: int,
+    sum_error: float,
+) -> tuple[Tensor, Tensor]:
+    """Latents (token, most) that may be among the k largest of relu(x w + bias); how many: -1 above most.
+
+    products (token, latent): x w, of rounded numbers and rounded; norms: (2, token) and (2, latent).
+    """
+    from ._codes import screen
+
+    columns = torch.empty(len(products), most, dtype=torch.int32)
+    counts = torch.empty(len(products), dtype=torch.int32)
+    arrays = map(_array, (products.view(torch.int16), bias, row_norms, weight_norms, columns, counts))
+    screen(k, sum_error, torch.get_num_threads(), *arrays)
+    return columns, counts
 
 
 def standardise(codes: Tensor, steps: Tensor, mean: Tensor, scale: float, block: int) -> Tensor:

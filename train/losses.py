@@ -40,6 +40,11 @@ class Extras(NamedTuple):
     k: tuple[int, ...] | None = None
     """By layer, while k is annealed; None: the transcoder's."""
 
+    @property
+    def reads_dead(self) -> bool:
+        """Whether the pre-activations of dead latents are wanted, beside the codes."""
+        return self.dead is not None and bool(self.auxk or self.dead_latents)
+
 
 class Penalties:
     """Sparsity and dead latents' loss of one step, with the decoder norms that it began with."""

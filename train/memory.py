@@ -13,6 +13,8 @@ ADAM8_BLOCK_STATE = 8 / 256
 """Bytes a value, beside its two codes: two float32 absmax for each 256 values."""
 SLAB = 1 << 20
 """Values of a weight that are updated together on a CPU."""
+SCREENED = 1 << 22
+"""Values of an encoder from which on a CPU screens its codes in bfloat16; below, that costs what it saves."""
 MERGING_BYTES = 8 + 8 + 8
 """For each code that is merged with those of other sources: where it goes, and the order that is sorted."""
 CODE_INDEX_BYTES = 4 + 4 + 4
@@ -69,6 +71,8 @@ def step_memory(
     dense = tokens * max(shape.d_model + shape.n_latents, 2 * shape.d_model + shape.d_model // 2)
     if size < work:  # a weight in bfloat16 is made float32 for as long as it is used
         dense += shape.n_latents * shape.d_model
+    elif shape.activation == "topk" and shape.n_latents * shape.d_model >= SCREENED:
+        dense = max(dense, _screening_values(shape, tokens))
     largest = largest_decoders(shape) * shape.n_latents * shape.d_model + shape.skip * shape.d_model**2
     return StepMemory(
         parameters=shape.n_parameters * size,
@@ -78,6 +82,12 @@ def step_memory(
         values=max(dense, tokens * shape.d_model + _updated_values(optimizer, shape, size)) * work,
         batches=int(2 * shape.n_layers * shape.d_model * tokens * grad_acc_steps * stored_bytes),
     )
+
+
+def _screening_values(shape: Shape, tokens: int) -> int:
+    """With inputs, their halves, half pre-activations, and latents that are near; and half an encoder."""
+    each = shape.d_model + shape.d_model // 2 + shape.n_latents // 2 + shape.n_latents // 16
+    return tokens * each + shape.n_latents * shape.d_model // 2
 
 
 def _merged_bytes(shape: Shape, tokens: int, work: int) -> int:
