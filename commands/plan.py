@@ -26,7 +26,9 @@ def plan_command(
     k: Annotated[str | None, typer.Option(help="a number, or one a layer [default: 32]")] = None,
     l0: Annotated[
         int | None,
-        typer.Option(help="of jumprelu and relu: active latents to plan for [default: all, the upper bound]"),
+        typer.Option(
+            help="latents to plan for of relu and jumprelu, there with those just below [default: all]"
+        ),
     ] = None,
     expansion_factor: Annotated[int, typer.Option(help="latents of a layer / d_model")] = 2,
     latents: Annotated[int | None, typer.Option(help="instead of --expansion-factor")] = None,

@@ -19,6 +19,10 @@ from ..train.ranks import Mesh, needed, parameters, wire_bytes
 from ..train.shape import Shape
 from .cache_size import CacheSize, layer_bytes
 
+PASSES = (2, 8)
+"""How often a layer's pre-activations, and its values, are written or read: pre-activations once each; values
+of both sites as they are made, those of mlp_in for two products, the error as it is made and for two."""
+
 
 class Work(NamedTuple):
     """What is trained and how."""
@@ -88,7 +92,7 @@ class StepTime(NamedTuple):
     read: float
     decode: float
     encode: float
-    """Dense products of the encoders"""
+    """Dense products of the encoders, and what passes over dense values: see `PASSES`"""
     sparse: float
     """Rows of decoders and encoders that active latents read and write"""
     update: float
@@ -150,6 +154,7 @@ def step_time(work: Work, mesh: Mesh, machine: Machine, cache: CacheSize) -> Ste
     matrix, size = shape.n_latents * shape.d_model, BYTES[work.dtype]
     rows = sum(3 * shape.layer_k[s] for t in own for s in shape.sources(t))
     rows += sum(2 * shape.layer_k[s] for s in own)  # an encoder's gradient: read and write
+    passed = PASSES[0] * shape.n_latents + PASSES[1] * shape.d_model
     weights = parameters(shape, own)
     away = weights - len(own) * matrix if work.offload != "none" else 0
     # every rank of a replica decodes the buffers of the whole replica, of its own layers
@@ -158,7 +163,8 @@ def step_time(work: Work, mesh: Mesh, machine: Machine, cache: CacheSize) -> Ste
     return StepTime(
         read=stored / machine.disk,
         decode=work.step_tokens * len(own) * 2 * shape.d_model / machine.decode,
-        encode=2 * matrix * len(own) * tokens / machine.flops,
+        encode=2 * matrix * len(own) * tokens / machine.flops
+        + passed * len(own) * tokens * max(size, 4) / machine.bandwidth,
         sparse=rows * shape.d_model * size * tokens / machine.bandwidth,
         update=weights * 2 * (size + work.moment + 4) / machine.bandwidth,
         move=moved / machine.host_link,

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ranked_training import copy_run
 from safetensors.torch import load_file
 
 from clt.train.checkpoint import checkpoint_folder
-from clt.train.config import TrainConfig, TranscoderConfig
+from clt.train.config import ACTIVATIONS, TIES, TrainConfig, TranscoderConfig
 from clt.train.loop import train
 from clt.train.ranks import Mesh, wire_bytes
 from clt.train.shape import Shape
@@ -192,6 +192,20 @@ def test_weights_of_many_ranks_are_those_of_one_in_every_case(
     for name, (_, many) in cases.items():
         if name in ("tied", "float32", "own layers", "replicas, adam8"):
             require_traffic(many, world=MORE[name][0])
+
+
+@pytest.mark.slow
+def test_every_activation_with_two_three_and_four_ranks(caches: dict[int, Path], tmp_path: Path) -> None:
+    """Each with decoders of its own and tied both ways, after 50 steps."""
+    cases = {}
+    for world, activation, tie in product((2, 3, 4), ACTIVATIONS, TIES):
+        options: dict[str, Any] = {"structure": {"activation": activation, "tie": tie}, "save_every": 50}
+        if activation in ("relu", "jumprelu"):
+            options["sparsity_coeff"] = 0.01
+        cases[f"{world} {activation} {tie}"] = (world, 5, options)
+    jobs, pairs = prepared(caches, tmp_path, cases)
+    run_ranks(tmp_path, jobs)
+    require_all_same(pairs)
 
 
 def require_traffic(config: TrainConfig, world: int) -> None:
