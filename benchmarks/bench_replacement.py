@@ -47,21 +47,37 @@ def main() -> None:
     print(table(json.loads(done.stdout)["model"], asked.pictures))
 
 
+ROWS = {
+    "original": "the model's own",
+    "transcoder": "replaced by the transcoder",
+    "errors": "the same, its errors added: must change nothing",
+    "mean": "their means",
+    "zero": "nothing",
+}
+
+
 def table(found: dict[str, Any], n_pictures: int) -> str:
     """As Markdown."""
-    lines = ["| MLPs | cross-entropy | rise | KL | top-1 agreement |", "|---|---|---|---|---|"]
-    for mode, scores in found["modes"].items():
-        cells = [
-            f"{scores[n]['mean']:.3f} ± {scores[n]['half_width']:.3f}" for n in ("ce", "rise", "kl", "top1")
-        ]
-        lines.append(f"| {mode} | {' | '.join(cells)} |")
-    match = found["exact_match"]
-    lines += [
-        "",
-        f"Captions exactly right on {n_pictures} unseen pictures: {match['original']:.1%} with the model's ",
+    lines = [
+        "| MLPs | cross-entropy, nats | rise | KL | top-1 agreement | captions exactly right |",
+        "|---|---|---|---|---|---|",
     ]
-    lines[-1] += f"own MLPs, {match['replaced']:.1%} with all of them replaced."
+    match = found["exact_match"]
+    right = {"original": match["original"], "transcoder": match["replaced"]}
+    for mode, scores in found["modes"].items():
+        cells = [plain(**scores[name]) for name in ("ce", "rise", "kl", "top1")]
+        share = right.get(mode)
+        sure = None if share is None else 1.96 * (share * (1 - share) / n_pictures) ** 0.5
+        cells.append("" if share is None else f"{share:.1%} ± {sure:.1%}")
+        lines.append(f"| {ROWS[mode]} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def plain(mean: float, half_width: float) -> str:
+    """To a thousandth; what is smaller, and not 0, by its size."""
+    if mean and abs(mean) < 5e-4:
+        return f"{mean:.0e}"
+    return f"{mean:.3f} ± {half_width:.3f}"
 
 
 if __name__ == "__main__":

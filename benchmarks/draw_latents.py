@@ -32,7 +32,7 @@ def draw(latents: list[Shown]) -> str:
     parts, top = [], LEFT
     for latent in latents:
         parts.append(f'<text class="h" x="{LEFT}" y="{top + 16}">{escape(latent.title)}</text>')
-        parts.append(f'<text class="s" x="{LEFT + 190}" y="{top + 16}">{escape(latent.scores)}</text>')
+        parts.append(f'<text class="s" x="{LEFT + 204}" y="{top + 16}">{escape(latent.scores)}</text>')
         for number, ((picture, heat), caption) in enumerate(zip(latent.maps, latent.captions, strict=True)):
             x, y = LEFT + number * 2 * (SIDE + GAP), top + 30
             parts += [_picture(picture, x, y), _heat(picture, heat / latent.largest, x + SIDE + 2, y)]

@@ -35,7 +35,7 @@ def _write_source(run: FoldedTranscoder, source: int, path: Path, dtype: torch.d
     with TensorFile(path, {name: (dtype, size) for name, size in sizes.items()}) as file:
         file.write("encoder.weight", encoder.weight)
         threshold = torch.zeros(latents) if encoder.threshold is None else encoder.threshold
-        file.write("encoder.bias", encoder.bias - threshold)
+        file.write("encoder.bias", run.bias_over_threshold(source))
         file.write("b_decs.0", run.bias(source))
         for offset, target in enumerate(targets):
             file.write(f"W_decs.{offset}", run.decoder(source, target))

@@ -38,10 +38,18 @@ class FoldedTranscoder:
         self.shape = load_shape(self.folder)
 
     def encoder(self, source: int) -> Encoder:
+        weight, bias = self._encoder(source)
+        return Encoder(weight.float(), bias.float(), self._threshold(source))
+
+    def bias_over_threshold(self, source: int) -> Tensor:
+        """(latent,): bias minus threshold, rounded once."""
+        bias, threshold = self._encoder(source)[1], self._threshold(source)
+        return (bias if threshold is None else bias - threshold.double()).float()
+
+    def _encoder(self, source: int) -> tuple[Tensor, Tensor]:
         stored = self._read(source, "W_enc", "b_enc", "in_mean", "in_scale")
         weight = stored["W_enc"].double() / stored["in_scale"].double()
-        bias = stored["b_enc"].double() - weight @ stored["in_mean"].double()
-        return Encoder(weight.float(), bias.float(), self._threshold(source))
+        return weight, stored["b_enc"].double() - weight @ stored["in_mean"].double()
 
     def decoder(self, source: int, target: int, latents: slice = slice(None)) -> Tensor:
         """(latent, d_model) of some latents of one pair."""

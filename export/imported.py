@@ -31,7 +31,7 @@ class Foreign(Protocol):
     model: str
 
     def encoder(self, source: int) -> dict[str, Tensor]:
-        """W_enc, b_enc, and where there are thresholds log_threshold, in float64."""
+        """W_enc, b_enc, and where there are thresholds log_threshold; sums and logarithms in float64."""
         ...
 
     def decoder(self, source: int, target: int) -> Tensor: ...
@@ -146,7 +146,7 @@ class CltTraining:
         tensors = {"W_enc": self._read(source, "encoder.weight"), "b_enc": self._read(source, "encoder.bias")}
         if self.shape.activation == "jumprelu":
             threshold = self._read(source, "post_encs.0")
-            tensors["b_enc"] = tensors["b_enc"] + threshold
+            tensors["b_enc"] = tensors["b_enc"].double() + threshold.double()  # exact, so that it comes back
             tensors["log_threshold"] = threshold.double().log()
         return tensors
 
