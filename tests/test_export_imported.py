@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_export_formats import BATCH, CROSS, JUMPS, TOPK, assert_close
+from test_export_formats import ALONE, BATCH, CROSS, JUMPS, TOPK, assert_close
 from tiny_run import save_run
 
 from clt.export.imported import import_run
@@ -20,6 +20,8 @@ ROUND = [
     ("circuit-tracer", JUMPS),
     ("circuit-tracer", BATCH),
     ("circuit-tracer", replace(JUMPS, n_targets=4)),
+    ("circuit-tracer", replace(ALONE, activation="jumprelu", bandwidth=2.0)),
+    ("circuit-tracer", replace(ALONE, skip=False)),
     ("clt-training", CROSS),
     ("clt-training", TOPK),
     ("clt-training", JUMPS),
