@@ -87,6 +87,7 @@ async function loadLists() {
 async function loadList(place) {
   const list = await clt.load(`list-${run.layers[place]}`);
   if (table.loaded[place]) return list;
+  lists.set(place, list);
   for (let latent = 0, at = place * run.latents; latent < run.latents; latent++, at++) {
     const counts = list.kinds.map((kind) => kind[latent]);
     table.frequency[at] = counts.reduce((a, b) => a + b, 0) / run.total;
@@ -228,10 +229,7 @@ function labelCell(of, latent) {
 }
 
 const lists = new Map();
-function held(of) {
-  if (!lists.has(of)) clt.load(`list-${run.layers[of]}`).then((list) => lists.set(of, list));
-  return lists.get(of);
-}
+const held = (of) => lists.get(of);
 
 function shareBar(counts) {
   const total = counts.reduce((a, b) => a + b, 0);
@@ -326,7 +324,6 @@ async function showLatent(of, latent) {
   const view = $("latent-view");
   try {
     const [list, block] = await Promise.all([loadList(of), clt.load(`latents-${layer}-${Math.floor(latent / run.latent_block)}`)]);
-    lists.set(of, list);
     const found = block[latent % run.latent_block];
     const needed = [...new Set(found.examples.map(([sample]) => sampleBlock(sample)))];
     const blocks = new Map(await Promise.all(needed.map(async (number) => [number, await clt.load(`samples-${number}`)])));

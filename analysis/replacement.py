@@ -102,13 +102,13 @@ class Replacement:
         predicted = self._predict(place, given, self._codes, edited=False)
         if self.mode == "original":
             self.norms = [*(self.norms if place else []), given.float().norm(dim=-1)]
-            self._errors[place] = output.to(predicted.dtype) - predicted
+            self._errors[place] = output.double() - predicted.double()  # exact, whatever the sizes of the two
             return None
         if self.mode == "errors":
-            predicted += self._errors[place]
+            predicted = predicted.double() + self._errors[place]
         if self.mode == "edit":
             without, predicted = predicted, self._predict(place, given, self._edited, edited=True)
-            predicted += output.to(predicted.dtype) - without
+            predicted = predicted.double() + (output.double() - without.double())
         return predicted.to(output.dtype)
 
     def _predict(self, place: int, given: Tensor, codes: dict[int, Codes], edited: bool) -> Tensor:

@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from large_pages import write_large
 from PIL import Image
 from safetensors.torch import load_file
 
 from clt.analysis import feature_pages
 from clt.analysis.examples import random_scores
-from clt.analysis.feature_pages import write_pages
 from clt.analysis.features import write_features
 from clt.analysis.features_config import FeaturesConfig
 from clt.analysis.features_folder import DONE
-from clt.analysis.latents import Sizes, bin_edges
-from clt.analysis.sample_pages import write_data
+from clt.analysis.latents import Sizes
 from clt.cache_format import open_cache
 from clt.cache_format.layout import KINDS
 from clt.cache_format.provenance import patch_rectangle
@@ -395,6 +394,8 @@ def test_in_a_browser(made: Made, browser: Any, width: int, scheme: str) -> None
     page, said, _ = open_pages(browser, made.config.out, width, scheme)
     page.wait_for_function(f"document.querySelector('#count').textContent === '{2 * LATENTS} latents'")
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    bars, rows = page.locator("#rows a .share i"), page.locator("#rows a")
+    assert bars.count() >= rows.count() > 10, "every row tells its kinds, of whichever layer it is"
     page.click('[data-sort="frequency"]')  # it was falling
     page.click('[data-sort="frequency"]')
     frequency = (made.dense > 0).sum(axis=0)
@@ -451,48 +452,17 @@ def check_heat(page: Any, shown: dict[int, Any], found: Any) -> None:
         np.testing.assert_allclose(seen, np.array(expected) / 100, atol=1.5)
 
 
-def large_pages(folder: Path, layers: int = 32, n: int = 8192) -> tuple[int, int]:
-    """Lists of a large run, with invented numbers, and one block of latents; where the largest maximum is."""
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    largest = (0, 0, 0.0)
-    for layer in range(layers):
-        kinds = rng.integers(0, 10_000, (4, n))
-        top = np.round(rng.exponential(size=n), 4)
-        if top.max() > largest[2]:
-            largest = (layer, int(top.argmax()), float(top.max()))
-        label = [[f"word{i % 997}", "other"] for i in range(n)]
-        write_data(
-            folder,
-            f"list-{layer}",
-            {"kinds": kinds.tolist(), "max": top.tolist(), "label": label, "pictures": [0] * n},
-        )
-    empty = {"histogram": [0, [1]], "targets": [1.0], "similar": [], "examples": []}
-    write_data(folder, f"latents-{largest[0]}-{largest[1] // 32}", [empty] * 32)
-    about = {
-        "run": "large",
-        "model": "invented",
-        "split": "train",
-        "layers": list(range(layers)),
-        "latents": n,
-    }
-    about |= {
-        "tokens": dict.fromkeys(KINDS, 10_000_000),
-        "bins": bin_edges(),
-        "sample_blocks": [0],
-        "notes": [],
-    }
-    write_pages(folder, about)
-    return largest[:2]
-
-
 def test_a_large_run_stays_quick(tmp_path: Path, browser: Any) -> None:
-    """262,144 latents: a screen of rows at a time, only lists are loaded until a latent is asked for."""
-    layer, latent = large_pages(tmp_path / "large")
+    """262,144 latents: a screen of rows at a time; only lists are loaded until a latent is asked for.
+
+    benchmarks/bench_pages.py says how long each of these takes.
+    """
+    layer, latent, sample_files = write_large(tmp_path / "large")
     page, said, asked = open_pages(browser, tmp_path / "large", 1280)
     assert page.locator("#rows a").count() < 60
     page.wait_for_function("document.querySelector('#count').textContent === '262,144 latents'")
-    assert not [name for name in asked if name.startswith("latents-")]
+    assert sum(name.startswith("list-") for name in asked) == 32
+    assert not [name for name in asked if name.startswith(("latents-", "samples-"))]
     page.click('[data-sort="max"]')
     assert ids(page)[0] == f"{layer}:{latent}"
     page.evaluate("scrollTo(0, document.body.scrollHeight / 2)")
@@ -504,7 +474,8 @@ def test_a_large_run_stays_quick(tmp_path: Path, browser: Any) -> None:
     page.wait_for_function("document.querySelector('#count').textContent === '256 latents'")
     page.fill("#search", f"{layer}:{latent}")
     page.keyboard.press("Enter")
-    page.wait_for_selector("#latent-view:not([hidden]) .facts")
+    page.wait_for_selector(".card .heat i")
     assert [name for name in asked if name.startswith("latents-")] == [f"latents-{layer}-{latent // 32}.js"]
+    assert {name for name in asked if name.startswith("samples-")} <= sample_files
     assert said == []
     page.context.close()
