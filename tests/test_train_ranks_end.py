@@ -65,6 +65,20 @@ def test_a_fault_of_one_rank_ends_all_with_its_words(cache: Path, tmp_path: Path
     assert "Traceback" not in errors
 
 
+def test_what_many_ranks_cannot_do_is_refused_in_one_line(cache: Path, tmp_path: Path) -> None:
+    """Sweeps, and decoders tied by source that are away."""
+    (tmp_path / "s.toml").write_text("[grid]\nlr = [1e-3, 2e-3]\n")
+    sweep = ("--sweep", str(tmp_path / "s.toml"))
+    away = ("--offload", "host", "--tie", "source")
+    jobs = [{"world": 2, "argv": arguments(cache, tmp_path / "r", *more)} for more in (sweep, away)]
+    codes, errors = start(tmp_path, jobs)
+    assert codes == [[2, 2], [2, 2]]
+    said = ERROR.findall(errors)
+    assert any("--sweep: expected one process, found torchrun" in line for line in said), errors
+    assert any("--offload of decoders tied by source: expected one process" in line for line in said), errors
+    assert "Traceback" not in errors
+
+
 def torchrun(ranks: int, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
