@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..cache_format import CacheWriter, open_cache
+from ..cache_format.compiled import ADVICE, COMPILED
 from ..cache_format.layout import SPLITS, parse_layers
 from ..progress import Progress
 from ..remote.address import remote_address
@@ -89,6 +90,7 @@ def harvest_rows(
             )
         )
         if not writer.complete:
+            say_missing(config.rank)
             check_disk(config, manifest, rows, model)
             done = writer.committed("train")
             progress = stack.enter_context(Progress("harvest", total=wanted, unit="tok", done=done))
@@ -130,6 +132,12 @@ def say_columns(rows: Rows, config: HarvestConfig) -> None:
         raise ValueError(f"{config.dataset}: {fault}") from fault
     if config.rank == 0:
         print(f"columns: {found}", file=sys.stderr, flush=True)
+
+
+def say_missing(rank: int) -> None:
+    """One line where the codec's compiled part is not installed."""
+    if not COMPILED and rank == 0:
+        print(f"harvest: {ADVICE}", file=sys.stderr, flush=True)
 
 
 def _kinds(cache: Path) -> dict[str, dict[str, int]]:

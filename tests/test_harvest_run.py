@@ -287,3 +287,18 @@ def test_plain_text_with_a_language_model(tmp_path: Path) -> None:
     assert lines["row-1"]["cut"] > 0
     assert lines["row-0"]["cut"] == 0
     assert cache["train"].counts() == {"text": len(cache["train"]) - 2, "image": 0, "bos": 2, "template": 0}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_harvest_says_once_that_the_codec_is_not_compiled(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    compiled: bool,
+) -> None:
+    """One line, with the way out; and none where it is."""
+    monkeypatch.setattr("clt.harvest.run.COMPILED", compiled)
+    harvest(configure(folder, tmp_path / "c", max_samples=2))
+    told = [line for line in capsys.readouterr().err.splitlines() if "install a C compiler" in line]
+    assert len(told) == (not compiled)
