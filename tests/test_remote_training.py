@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from object_store import BUCKET, FAULTS, Proxy, s3_server, spoiling_proxy
+from object_store import (
+    BUCKET,
+    FAULTS,
+    Proxy,
+    s3_server,
+    spoiling_proxy,
+    web_server,
+    write_certificate,
+)
 from planted import write_planted
 
 from clt.cache_format import DamagedCacheError, open_cache
@@ -21,6 +29,7 @@ from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig, TranscoderConfig
 from clt.train.loop import open_source, train
 from clt.train.reader import Reader
+from clt.train.run_folder import load_config
 
 pytest.importorskip("obstore")  # the extra dev has them
 pytest.importorskip("moto")
@@ -137,6 +146,22 @@ def test_where_all_fits_the_order_is_the_usual_one(
     for name, tensor in weights(tmp_path / "near").items():
         assert torch.equal(tensor, weights(tmp_path / "far")[name]), name
         assert torch.equal(tensor, weights(tmp_path / "again")[name]), name
+
+
+def test_a_web_server_with_tls_is_trained_from(
+    local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = write_certificate(tmp_path / "certificate.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    with web_server(local.parent, certificate) as address:
+        far = config(
+            Path(f"{address}/{local.name}"), tmp_path / "far", stage_dir=tmp_path / "stage", layers="0"
+        )
+        train(far)
+    assert load_config(far.run).caches == far.caches
+    train(config(local, tmp_path / "near", layers="0"))
+    for name, tensor in weights(tmp_path / "near").items():
+        assert torch.equal(tensor, weights(far.run)[name]), name
 
 
 def test_a_staged_file_that_was_altered_is_fetched_again(remote: Path, proxy: Proxy, tmp_path: Path) -> None:
