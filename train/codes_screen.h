@@ -22,6 +22,15 @@ INLINE uint16_t rounded(const float *x)
     return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : even);
 }
 
+/* One value's half; the squares of the value, and of what is lost, are added. */
+INLINE void round_value(const float *x, uint16_t *half, float *square, float *lost)
+{
+    *half = rounded(x);
+    float less = *x - widened(*half);
+    *square += *x * *x;
+    *lost += less * less;
+}
+
 /* halves (row, width) of rows (row, width); norms (2, row): of each, and of what rounding took from it, at least. */
 struct rounding {
     struct work work; /* items: MANY rows */
@@ -37,14 +46,12 @@ WIDEST static void round_rows(const struct rounding *all, size_t first)
         const float *read = all->rows + row * all->width;
         uint16_t *written = all->halves + row * all->width;
         float squares[KEYS] = {0}, lost[KEYS] = {0};
-        for (size_t at = 0; at < all->width; at += KEYS)
-            for (size_t i = 0; i < KEYS && at + i < all->width; i++) {
-                uint16_t half = rounded(read + at + i);
-                float less = read[at + i] - widened(half);
-                squares[i] += read[at + i] * read[at + i];
-                lost[i] += less * less;
-                written[at + i] = half;
-            }
+        size_t at = 0;
+        for (; at + KEYS <= all->width; at += KEYS)
+            for (size_t i = 0; i < KEYS; i++)
+                round_value(read + at + i, written + at + i, squares + i, lost + i);
+        for (size_t i = 0; at + i < all->width; i++)
+            round_value(read + at + i, written + at + i, squares + i, lost + i);
         for (size_t i = 1; i < KEYS; i++) {
             squares[0] += squares[i];
             lost[0] += lost[i];
