@@ -358,6 +358,32 @@ def check_intervals(found: Evaluation, error: np.ndarray, truth: np.ndarray, tok
     assert found.missing["fvu_kind.bos"] == "no such tokens in split val"
 
 
+def check_latent_intervals(
+    found: Evaluation, rest: np.ndarray, truth: np.ndarray, active: np.ndarray, sample: np.ndarray
+) -> None:
+    """By layer: of explained variance and L0 the ratio estimator's; of dead shares the jackknife's."""
+    parts = [sample == one for one in np.unique(sample)]
+    n = len(parts)
+
+    def ratio(sums: np.ndarray, base: np.ndarray) -> np.ndarray:
+        off = sums - sums.sum(axis=0) / base.sum(axis=0) * base
+        return 1.96 * np.sqrt(n / (n - 1) * (off**2).sum(axis=0)) / base.sum(axis=0)
+
+    def summed(values: np.ndarray) -> np.ndarray:
+        return np.array([values[part].sum(axis=0) for part in parts])
+
+    deviation = ((truth - truth.mean(axis=0)) ** 2).sum(axis=2)
+    expected = ratio(summed((rest**2).sum(axis=2)), summed(deviation))
+    np.testing.assert_allclose(found.intervals.explained_layer, expected, rtol=1e-3)
+    expected = ratio(summed(active.sum(axis=2)), summed(np.ones(active.shape[:2])))
+    np.testing.assert_allclose(found.intervals.l0_layer, expected, atol=1e-12)
+    without = np.array([1 - active[~part].any(axis=0).mean(axis=1) for part in parts])
+    expected = 1.96 * np.sqrt((n - 1) / n * ((without - without.mean(axis=0)) ** 2).sum(axis=0))
+    np.testing.assert_allclose(found.intervals.dead_layer, expected, atol=1e-12)
+    off = without.mean(axis=1) - without.mean()
+    assert found.intervals.dead == pytest.approx(1.96 * np.sqrt((n - 1) / n * (off**2).sum()), abs=1e-12)
+
+
 @pytest.mark.parametrize(("tie", "skip"), [("none", False), ("source", True), ("target", True)])
 def test_evaluation_equals_the_definition(cache: Path, tmp_path: Path, tie: str, skip: bool) -> None:
     """FVU, by kind and without each offset, L0 and dead share from plain numpy on all held-out tokens."""
@@ -383,6 +409,7 @@ def test_evaluation_equals_the_definition(cache: Path, tmp_path: Path, tie: str,
     rest = error - error.mean(axis=0)
     np.testing.assert_allclose(found.explained, 1 - fvu(rest, truth), rtol=1e-5)
     check_intervals(found, error, truth, split.tokens())
+    check_latent_intervals(found, rest, truth, (codes > 0).numpy(), split.tokens()["sample"])
     np.testing.assert_allclose(found.l0, (codes > 0).sum(dim=2).double().mean(dim=0))
     np.testing.assert_allclose(found.dead, 1 - (codes > 0).any(dim=0).double().mean(dim=1))
     for offset in range(3):

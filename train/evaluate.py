@@ -12,8 +12,8 @@ from torch import Tensor
 from ..cache_format.layout import KINDS
 from .exchange import ALONE, Exchange
 from .held_out_memory import HELD_OUT_TOKENS
-from .intervals import GROUPS, group_of, half_width, half_widths
-from .moments import has_variance
+from .held_out_sums import HeldOutSums, TokenGroups
+from .intervals import GROUPS, group_of, half_width, half_widths, share_half_width
 from .reader import Batch, read_in_order
 from .selection import Selection
 from .source import Source, default_threads
@@ -68,7 +68,12 @@ class Intervals(NamedTuple):
     fvu_layer: Doubles
     fvu_kind: dict[str, float]
     fvu_without_offset: dict[int, float]
+    explained: float
+    explained_layer: Doubles
     l0: float
+    l0_layer: Doubles
+    dead: float
+    dead_layer: Doubles
 
     def to_json(self, by_layer: Callable[[Doubles], dict[str, float]]) -> dict[str, Any]:
         """nan, where fewer than two samples have tokens, is null."""
@@ -76,56 +81,16 @@ class Intervals(NamedTuple):
         def plain(values: dict[str, float]) -> dict[str, float | None]:
             return {name: value if np.isfinite(value) else None for name, value in values.items()}
 
+        means = {"fvu": self.fvu, "explained_variance": self.explained, "l0": self.l0, "dead": self.dead}
         return {
-            **plain({"fvu": self.fvu, "l0": self.l0}),
+            **plain(means),
             "fvu_layer": plain(by_layer(self.fvu_layer)),
+            "explained_variance_layer": plain(by_layer(self.explained_layer)),
+            "l0_layer": plain(by_layer(self.l0_layer)),
+            "dead_layer": plain(by_layer(self.dead_layer)),
             "fvu_kind": plain(self.fvu_kind),
             "fvu_without_offset": plain({str(o): value for o, value in self.fvu_without_offset.items()}),
         }
-
-
-class _Sums:
-    """Squared errors so far, in model units, by group of samples."""
-
-    def __init__(self, model: CrossLayerTranscoder, source: Source) -> None:
-        layers, latents = model.shape.n_layers, model.shape.n_latents
-        offsets = min(model.shape.n_targets, layers)
-        self.kind = np.zeros((layers, GROUPS, len(KINDS)))
-        self.without = np.zeros((offsets, layers, GROUPS))
-        self.deviation = np.zeros((layers, GROUPS, len(KINDS) + 1))
-        """Squared, of tokens of each kind from its own mean; in the last place, of all from theirs"""
-        self.error = np.zeros((layers, model.shape.d_model))
-        self.active = np.zeros((layers, GROUPS))
-        self.fired = np.zeros((layers, latents), bool)
-        self.counts = np.zeros((GROUPS, len(KINDS)))
-        self.means = _means(source)
-
-    @property
-    def tokens(self) -> int:
-        return int(self.counts.sum())
-
-    def gather(self, exchange: Exchange) -> None:
-        """Those of the layers that other ranks have."""
-        for sums in (self.kind, self.without, self.deviation, self.error, self.active):
-            sums[...] = exchange.sum_shards(torch.from_numpy(sums)).numpy()
-        self.fired[...] = exchange.sum_shards(torch.from_numpy(self.fired.astype(np.uint8))).numpy()
-
-
-class _Tokens(NamedTuple):
-    """Of a batch: (token,) kind, and group of the sample."""
-
-    kind: npt.NDArray[np.uint8]
-    group: npt.NDArray[np.int64]
-
-    def by_kind(self, values: Doubles) -> Doubles:
-        """(group, kind): sums of (token,)."""
-        at, size = self.group * len(KINDS) + self.kind, GROUPS * len(KINDS)
-        sums: Doubles = np.bincount(at, values, minlength=size).astype(np.float64)
-        return sums.reshape(GROUPS, len(KINDS))
-
-    def by_group(self, values: Doubles) -> Doubles:
-        sums: Doubles = np.bincount(self.group, values, minlength=GROUPS).astype(np.float64)
-        return sums
 
 
 def evaluate(
@@ -156,7 +121,7 @@ def evaluate_all(
     exchange: Exchange = ALONE,
 ) -> list[Evaluation]:
     """As `evaluate`, of many transcoders on one device from one pass: each token is decoded once."""
-    sums = [_Sums(model, source) for model in models]
+    sums = [HeldOutSums(model, source) for model in models]
     device = models[0].inputs.mean.device
     with ThreadPoolExecutor(threads or default_threads(), "clt-decode") as pool:
         for chunks in read_in_order(source, batch_tokens):
@@ -167,7 +132,7 @@ def evaluate_all(
                 batch = Batch(rows.take(place, pool), token, source.own)
                 if len(models) > 1:
                     batch = batch.to(device)
-                tokens = _Tokens(source.kind[token], group_of(source.sample[token]))
+                tokens = TokenGroups(source.kind[token], group_of(source.sample[token]))
                 for model, its_sums in zip(models, sums, strict=True):
                     _add(its_sums, model, batch, tokens, exchange)
                 after_batch(len(place))
@@ -177,10 +142,10 @@ def evaluate_all(
 
 
 def _add(
-    sums: _Sums,
+    sums: HeldOutSums,
     model: CrossLayerTranscoder,
     batch: Batch,
-    tokens: _Tokens,
+    tokens: TokenGroups,
     exchange: Exchange,
 ) -> None:
     device, dtype = model.inputs.mean.device, model.inputs.mean.dtype
@@ -191,7 +156,9 @@ def _add(
         positive = codes[source].values > 0
         active = np.bincount(codes[source].tokens[positive].cpu().numpy(), minlength=len(batch))
         sums.active[source] += tokens.by_group(active.astype(np.float64))
-        sums.fired[source, codes[source].columns[positive].cpu().numpy()] = True
+        own = positive.cpu().numpy()
+        columns, token = codes[source].columns.cpu().numpy()[own], codes[source].tokens.cpu().numpy()[own]
+        sums.add_active(source, columns, tokens.group[token])
     exchange.codes([codes], [len(batch)])
     for target in model.own:
         truth = model.outputs.apply_to(batch.values("mlp_out", target, device, dtype), target)
@@ -207,6 +174,10 @@ def _add(
         per_token = _per_token(error)
         sums.kind[target] += square * tokens.by_kind(per_token)
         sums.error[target] += square**0.5 * error.sum(dim=0).double().cpu().numpy()
+        so_far = int(sums.counts.sum()) + len(batch)
+        mean = torch.from_numpy(sums.error[target] / (square**0.5 * so_far)).to(error)
+        centred = per_token - (2 * error @ mean - mean.square().sum()).double().cpu().numpy()
+        sums.centred[target] += square * tokens.by_group(centred)
         sums.deviation[target] += square * _deviations(model, target, truth, sums.means, tokens)
         for offset in range(len(sums.without)):
             left = _per_token(error - written[offset]) if offset in written else per_token
@@ -215,7 +186,11 @@ def _add(
 
 
 def _deviations(
-    model: CrossLayerTranscoder, target: int, truth: Tensor, means: dict[str | None, Doubles], tokens: _Tokens
+    model: CrossLayerTranscoder,
+    target: int,
+    truth: Tensor,
+    means: dict[str | None, Doubles],
+    tokens: TokenGroups,
 ) -> Doubles:
     """(group, kind + 1): squared distances in standard units from each kind's mean, and from that of all."""
     shifts = {}
@@ -233,23 +208,12 @@ def _deviations(
     return out
 
 
-def _means(source: Source) -> dict[str | None, Doubles]:
-    """(layer, d_model) of each kind that varies, and of all tokens (None), in model units."""
-    whole = source.statistics("mlp_out")
-    means: dict[str | None, Doubles] = {None: whole.mean}
-    for kind in source.selection.kept_kinds:
-        own = source.statistics("mlp_out", Selection((kind,), source.selection.exclude))
-        if has_variance(own, whole):
-            means[kind] = own.mean
-    return means
-
-
 def _per_token(error: Tensor) -> Doubles:
     squares: Doubles = error.square().sum(dim=1).double().cpu().numpy()
     return squares
 
 
-def _summary(sums: _Sums, source: Source) -> Evaluation:
+def _summary(sums: HeldOutSums, source: Source) -> Evaluation:
     whole = source.statistics("mlp_out")
     total = whole.variance * whole.tokens
     by_kind: dict[str, Doubles] = {}
@@ -282,14 +246,21 @@ def _summary(sums: _Sums, source: Source) -> Evaluation:
     )
 
 
-def _intervals(sums: _Sums, kinds: list[str]) -> Intervals:
+def _intervals(sums: HeldOutSums, kinds: list[str]) -> Intervals:
     error, base = sums.kind.sum(axis=2).T, sums.deviation[:, :, -1].T  # (group, layer)
     numbers = {kind: KINDS.index(kind) for kind in kinds}
-    tokens = np.broadcast_to(sums.counts.sum(axis=1)[:, None], error.shape)
+    per_group = sums.counts.sum(axis=1)
+    tokens = np.broadcast_to(per_group[:, None], error.shape)
+    alone, n_latents, n_groups = sums.fired_in_one(), sums.last.shape[1], int((per_group > 0).sum())
     return Intervals(
         fvu=half_width(error, base),
         fvu_layer=half_widths(error, base),
         fvu_kind={k: half_width(sums.kind[:, :, i].T, sums.deviation[:, :, i].T) for k, i in numbers.items()},
         fvu_without_offset={offset: half_width(row.T, base) for offset, row in enumerate(sums.without)},
+        explained=half_width(sums.centred.T, base),
+        explained_layer=half_widths(sums.centred.T, base),
         l0=half_width(sums.active.T, tokens),
+        l0_layer=half_widths(sums.active.T, tokens),
+        dead=share_half_width(alone.mean(axis=1), n_latents, n_groups),
+        dead_layer=np.array([share_half_width(column, n_latents, n_groups) for column in alone.T]),
     )

@@ -4,6 +4,9 @@ Tokens of one sample are alike, so that samples are what counts as drawn, not to
 sums over samples, of squared errors and of squared deviations; its variance is that of the ratio estimator
 (Cochran, Sampling Techniques, section 2.11): with d_i = e_i - r v_i the half width is
 1.96 sqrt(n / (n - 1) sum d_i^2) / sum v_i. More than GROUPS samples are put together by their numbers.
+That of explained variance is the same of errors from their mean. A dead share counts what no sample met, as
+ecologists count species; its variance is that of the jackknife, which leaves out one sample at a time
+(Heltshe and Forrester, Biometrics 39, 1983).
 """
 
 import numpy as np
@@ -33,6 +36,17 @@ def half_width(sums: Doubles, bases: Doubles) -> float:
 def half_widths(sums: Doubles, bases: Doubles) -> Doubles:
     """Of each of the ratios: (group, layer) both -> (layer,)."""
     return np.array([half_width(sums[:, [i]], bases[:, [i]]) for i in range(sums.shape[1])])
+
+
+def share_half_width(alone: Doubles, of: int, groups: int) -> float:
+    """Of the share of `of` latents that no group met: alone (group,) were met in that one group only.
+
+    nan where fewer than two groups have tokens.
+    """
+    if groups < 2:
+        return float("nan")
+    squares = np.square(alone / of).sum() - np.square(alone.sum() / of) / groups
+    return float(Z * np.sqrt((groups - 1) / groups * squares))
 
 
 def group_of(sample: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:

@@ -57,16 +57,19 @@ def render_evaluation(evaluation: Evaluation, layers: tuple[int, ...]) -> str:
     without = [f"{o}: {v:.4f} ± {sure.fvu_without_offset[o]:.4f}" for o, v in offsets.items()]
     lines = [
         f"{evaluation.tokens} tokens: FVU {evaluation.fvu.mean():.4f} ± {sure.fvu:.4f} (mean over layers), "
-        f"explained variance {evaluation.explained.mean():.4f}, "
-        f"L0 {evaluation.l0.mean():.1f} ± {sure.l0:.1f}, dead {evaluation.dead.mean():.1%}",
+        f"explained variance {evaluation.explained.mean():.4f} ± {sure.explained:.4f}, "
+        f"L0 {evaluation.l0.mean():.1f} ± {sure.l0:.1f}, dead {evaluation.dead.mean():.1%} ± {sure.dead:.1%}",
         "FVU by kind     " + ", ".join(kinds),
         "FVU without an offset (target - source)",
         *("                " + ", ".join(without[i : i + 6]) for i in range(0, len(without), 6)),
-        "layer            FVU   explained      L0    dead",
+        "layer   FVU               explained         L0              dead",
     ]
     e = evaluation
-    for row in zip(layers, e.fvu, sure.fvu_layer, e.explained, e.l0, e.dead, strict=True):
-        lines.append("{:>5}   {:.4f} ± {:.4f}   {:.4f}  {:>6.1f}  {:>6.1%}".format(*row))
+    numbers = (e.fvu, sure.fvu_layer, e.explained, sure.explained_layer, e.l0, sure.l0_layer)
+    for row in zip(layers, *numbers, e.dead, sure.dead_layer, strict=True):
+        lines.append(
+            "{:>5}   {:.4f} ± {:.4f}   {:.4f} ± {:.4f}   {:>6.1f} ± {:<4.1f}   {:>5.1%} ± {:.1%}".format(*row)
+        )
     lines += [f"not computed: {name}, {why}" for name, why in evaluation.missing.items()]
     lines.append("± is half a 95 % confidence interval, samples being what is drawn")
     return "\n".join(lines)
