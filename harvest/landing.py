@@ -1,8 +1,8 @@
 """Where activations land: host memory that is used in turn, filled while the model runs.
 
 On a CUDA device a side stream quantises (or rounds to bfloat16) and copies into pinned memory while the
-model's own stream goes on. On a CPU the same steps can be asked for, without streams; by default the values
-are copied as they are, and the cache's writer quantises them.
+model's own stream goes on. On a CPU they are quantised while they lie in its cache, by the codec's compiled
+loops; where there are none, they are copied as they are, and the cache's writer quantises them.
 """
 
 import queue
@@ -16,10 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ..cache_format.compiled import COMPILED
 from ..cache_format.manifest import Manifest
 from ..cache_format.window import StoredVectors, Values
 from ..stopwatch import Stopwatch
-from .quantiser import agrees, quantise_on_device
+from .quantiser import agrees, quantise_on_device, quantise_on_host
 
 BERTHS = 3
 """Batches in host memory: one is filled while others are stored."""
@@ -38,9 +39,10 @@ AS_THEY_ARE = Form(None, False)
 
 
 def choose_form(manifest: Manifest, device: torch.device) -> Form:
-    """What the cache stores, made on the device; on a CPU, the writer's threads are quicker."""
+    """What the cache stores, made on the device; on a CPU, where no loops are compiled, by the writer."""
     if device.type == "cpu":
-        return AS_THEY_ARE
+        quick = COMPILED and manifest.precision == "int8"
+        return Form(manifest.step_divisor, False) if quick else AS_THEY_ARE
     if manifest.precision == "bf16":
         return Form(None, True)
     if agrees(device, manifest.d_model, manifest.step_divisor):
@@ -184,7 +186,8 @@ class Landing:
 
     def _formed(self, rows: Tensor) -> dict[str, Tensor]:
         if self._form.divisor is not None:
-            return quantise_on_device(rows, self._form.divisor)._asdict()
+            on_host = COMPILED and rows.device.type == "cpu"
+            return (quantise_on_host if on_host else quantise_on_device)(rows, self._form.divisor)._asdict()
         if self._form.rounded:
             return {"values": rows.to(torch.bfloat16)}
         return {"values": rows.float() if rows.dtype == torch.float16 else rows}

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache_format.int8 import GAUSSIAN, quantise
+from ..cache_format.errors import CacheError
+from ..cache_format.int8 import GAUSSIAN, Measures, Quantised, quantise, quantise_into
 from ..cache_format.layout import BLOCK, n_blocks
 
 LARGEST_STEP = float(np.finfo(np.float16).max)
@@ -56,6 +57,24 @@ def quantise_on_device(values: Tensor, divisor: float) -> DeviceVectors:
     square = _squares(rounded.view(by_block), area)
     noise = _squares(exact.sub_(rounded).view(by_block), area)
     return DeviceVectors(codes, scale, noise.float(), square, largest)
+
+
+def quantise_on_host(values: Tensor, divisor: float) -> DeviceVectors:
+    """As `quantise_on_device`, by the codec itself; values: (token, d_model) on the host."""
+    tokens, width = values.shape
+    vectors = DeviceVectors(
+        codes=torch.empty(tokens, width, dtype=torch.int8),
+        scale=torch.empty(tokens, n_blocks(width), dtype=torch.float16),
+        noise=torch.empty(tokens),
+        square=torch.empty(tokens, dtype=torch.float64),
+        peak=torch.empty(tokens),
+    )
+    codes, scale, *measures = (tensor.numpy() for tensor in vectors)
+    try:
+        quantise_into(Quantised(codes, scale), values.float().numpy(), divisor, Measures(*measures))
+    except CacheError:  # the codec stops at the vector that cannot be stored; here its scale tells of it
+        return quantise_on_device(values, divisor)
+    return vectors
 
 
 def pairwise_sum(values: Tensor) -> Tensor:

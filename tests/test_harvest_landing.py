@@ -8,8 +8,10 @@ import pytest
 import tiny
 import torch
 
+import clt.harvest.landing
 import clt.harvest.run
 from clt.cache_format import open_cache, verify_cache
+from clt.cache_format.compiled import COMPILED
 from clt.cache_format.layout import SITES
 from clt.cache_format.window import StoredVectors
 from clt.harvest.config import HarvestConfig
@@ -28,11 +30,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+QUANTISED, ROUNDED = Form(8.0, False), Form(None, True)
+
+
 @pytest.mark.parametrize(
-    ("precision", "form"), [("int8", Form(8.0, False)), ("bf16", Form(None, True))], ids=["int8", "bf16"]
+    ("precision", "form", "compiled"),
+    [
+        ("int8", Form(8.0, False), False),
+        ("int8", Form(8.0, False), COMPILED),
+        ("bf16", Form(None, True), False),
+    ],
+    ids=["int8", "int8 on the host", "bf16"],
 )
 def test_what_a_device_would_do_gives_the_same_cache(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, form: Form
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, form: Form, compiled: bool
 ) -> None:
     """Every byte of every file, but for the last digits of two statistics."""
 
@@ -47,7 +58,9 @@ def test_what_a_device_would_do_gives_the_same_cache(
             exclude=("bos",),
         )
 
+    monkeypatch.setattr(clt.harvest.run, "choose_form", lambda manifest, device: AS_THEY_ARE)
     harvest(config("host"))
+    monkeypatch.setattr(clt.harvest.landing, "COMPILED", compiled)
     monkeypatch.setattr(clt.harvest.run, "choose_form", lambda manifest, device: form)
     harvest(config("device"))
     assert verify_cache(str(tmp_path / "device"), full=True) == []
@@ -63,7 +76,7 @@ def test_what_a_device_would_do_gives_the_same_cache(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", [AS_THEY_ARE, Form(None, True), Form(8.0, False)])
+@pytest.mark.parametrize("form", [AS_THEY_ARE, ROUNDED, QUANTISED])
 @pytest.mark.parametrize("all_kept", [True, False])
 def test_chosen_rows_land_in_order_in_memory_that_is_used_again(
     dtype: torch.dtype, form: Form, all_kept: bool

@@ -1,5 +1,7 @@
 """The quantiser that runs where the model does, against the cache's own codec."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from clt.cache_format.int8 import Measures, quantise, quantise_into
-from clt.harvest.quantiser import agrees, pairwise_sum, quantise_on_device
+from clt.harvest.quantiser import DeviceVectors, agrees, pairwise_sum, quantise_on_device, quantise_on_host
 
 WIDTHS = [1, 7, 63, 64, 80, 129, 576, 896, 2304, 2880, 4096]
+WAYS = (quantise_on_device, quantise_on_host)
 
 
 def draw(width: int, tokens: int = 40) -> np.ndarray:
@@ -33,10 +36,13 @@ def test_sums_are_those_of_numpy_bit_for_bit(width: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("divisor", [8.0, 3.0])
 @pytest.mark.parametrize("width", WIDTHS)
-def test_codes_and_scales_are_the_codecs_bit_for_bit(width: int, divisor: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_codes_and_scales_are_the_codecs_bit_for_bit(
+    way: Callable[[torch.Tensor, float], DeviceVectors], width: int, divisor: float, dtype: torch.dtype
+) -> None:
     values = torch.from_numpy(draw(width)).clamp(-6e4, 6e4).to(dtype)
     before = values.clone()
-    ours = quantise_on_device(values, divisor)
+    ours = way(values, divisor)
     assert torch.equal(values, before), "what the model goes on with was changed"
     codes, scale = quantise(values.float().numpy(), divisor)
     assert np.array_equal(ours.codes.numpy(), codes)
@@ -58,10 +64,11 @@ def test_any_finite_values(values: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_what_the_statistics_ask_for(width: int) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_what_the_statistics_ask_for(way: Callable[[torch.Tensor, float], DeviceVectors], width: int) -> None:
     """Norm, largest value and lost distance of the stored vector, from the numbers as a reader gets them."""
     values = draw(width)
-    ours = quantise_on_device(torch.from_numpy(values), 8.0)
+    ours = way(torch.from_numpy(values), 8.0)
     step = np.repeat(ours.scale.numpy().astype(np.float64), 64, axis=1)[:, :width]
     stored = ours.codes.numpy() * step
     np.testing.assert_allclose(ours.square.numpy(), (stored**2).sum(axis=1), rtol=1e-12)
@@ -79,10 +86,13 @@ def test_what_the_statistics_ask_for(width: int) -> None:
 
 
 @pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf, 3e7])
-def test_what_cannot_be_stored_shows_in_the_scale(fault: float) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_what_cannot_be_stored_shows_in_the_scale(
+    way: Callable[[torch.Tensor, float], DeviceVectors], fault: float
+) -> None:
     values = draw(80).clip(-6e4, 6e4)
     values[3, 70] = fault
-    scale = quantise_on_device(torch.from_numpy(values), 8.0).scale.numpy()
+    scale = way(torch.from_numpy(values), 8.0).scale.numpy()
     assert np.flatnonzero(~np.isfinite(scale).all(axis=1)).tolist() == [3]
 
 
