@@ -9,10 +9,15 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from clt.train import cpu_codes, sparse
 
+OURS = {
+    "sparse products": ("decode", "gradients", "products", "tiled", "transpose"),
+    "top-k": ("top_k", "screen", "top_k_of"),
+}
+"""Functions of `cpu_codes`; those of a sparse product bring its operands into order, too."""
 KINDS = {
     "matrix products": ("aten::addmm", "aten::mm"),
-    "sparse products": ("aten::sparse_sampled_addmm", "aten::embedding_bag", "decode", "gradients"),
-    "top-k": ("aten::topk", "top_k"),
+    "sparse products": ("aten::sparse_sampled_addmm", "aten::embedding_bag", *OURS["sparse products"]),
+    "top-k": ("aten::topk", *OURS["top-k"]),
     "optimiser": ("aten::_fused_adam_",),
 }
 """Operations of each kind, with what they call; `cpu_codes`' by their names there. A product with a CSR
@@ -20,7 +25,7 @@ matrix is an aten::addmm too."""
 SPARSE = "sparse product"
 NAMED = [
     (sparse, "_product", SPARSE),
-    *((cpu_codes, name, name) for name in ("decode", "gradients", "top_k")),
+    *((cpu_codes, name, name) for kind in ("sparse products", "top-k") for name in OURS[kind]),
 ]
 """What the profiler does not see, and the name that it gets: (module, function, name)"""
 
