@@ -3,26 +3,45 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 PROGRAM = """
-import re, sys
+import re, sys, threading, time
 from pathlib import Path
 from clt.cli import main
 import clt.train.loop
 def status(name):
     return int(re.search(rf"{name}:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-before = status("VmRSS")
+before, own = status("VmRSS"), status("RssAnon")
+most = own
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+def watch():
+    global most
+    while True:
+        most = max(most, status("RssAnon"))
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
 try:
     main()
 except SystemExit as end:
     assert not end.code
-print(before, status("VmHWM"))
+print(before, status("VmHWM"), most - own)
 """
 
 
-def train_peak(cache: Path, out: Path, *options: object) -> tuple[int, int]:
-    """(resident bytes after all imports, peak) of `clt train`; pread, so that no page of a file counts."""
+class TrainPeak(NamedTuple):
+    """Bytes of `clt train` in a process of its own."""
+
+    before: int
+    """Resident, after all imports"""
+    peak: int
+    """Resident; the system may have taken back pages of libraries meanwhile"""
+    growth: int
+    """Of memory that belongs to no file, at its peak"""
+
+
+def train_peak(cache: Path, out: Path, *options: object) -> TrainPeak:
+    """What it took; pread where nothing else is asked for, so that no page of a cache's file counts."""
     arguments = ["train", cache, "--run-name", "m", "--out", out, "--io", "pread", *options]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, arguments)],
@@ -31,8 +50,7 @@ def train_peak(cache: Path, out: Path, *options: object) -> tuple[int, int]:
         env={"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "PATH": ""},
     )
     assert done.returncode == 0, done.stderr
-    before, peak = done.stdout.splitlines()[-1].split()
-    return int(before), int(peak)
+    return TrainPeak(*map(int, done.stdout.splitlines()[-1].split()))
 
 
 ANONYMOUS = """

@@ -54,7 +54,7 @@ def test_memory_is_within_10_percent_of_a_run(demo: Path, tmp_path: Path) -> Non
     """The demo's transcoder of 259 M parameters under Adam, for two steps and the held-out numbers."""
     cache = harvest(demo, "int8", 8)
     options = ("--batch-tokens", 512, "--threads", 2)
-    _, peak = train_peak(cache, tmp_path / "run", *options, "--steps", 2, "--exclude", "bos,sink")
+    peak = train_peak(cache, tmp_path / "run", *options, "--steps", 2, "--exclude", "bos,sink").peak
     told = json.loads(clt("plan", demo / "model", "--cache", cache, *options, "--json"))
     assert told["training"]["memory_adam"]["one_machine"] == pytest.approx(peak, rel=0.1)
 
@@ -81,7 +81,7 @@ def test_memory_of_held_out_numbers_and_of_codes_without_k(
     k_less = "--activation" in options
     coefficient = ("--sparsity-coeff", "1e-3") if k_less else ()
     run = tmp_path / "run"
-    _, peak = train_peak(cache, run, *options, *coefficient, "--threads", 2, "--steps", 3, "--io", io)
+    peak = train_peak(cache, run, *options, *coefficient, "--threads", 2, "--steps", 3, "--io", io).peak
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     l0 = round(max(value for line in lines for name, value in line.items() if name.startswith("l0/")))
     plan = ("plan", model, "--cache", cache, *options, "--threads", 2, "--optimizer", "adam", "--json")
