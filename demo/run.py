@@ -1,6 +1,6 @@
 """The demo: a real language model inside a real LLaVA, from pictures and prose to a held-out score.
 
-    python demo/run.py            about 8 minutes on two cores; everything goes into demo/out
+    python demo/run.py            about 4 minutes on two cores; everything goes into demo/out
 
 Every stage is the command that a user would type.
 """
