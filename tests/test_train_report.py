@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_train_loop import configure, lines
 
 from clt.stopping import StopRequested
-from clt.train.charts import near_axis
+from clt.train.axis import near_axis
 from clt.train.checkpoint import load_transcoder
 from clt.train.config import TrainConfig
 from clt.train.curves import Curves
