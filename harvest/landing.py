@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..cache_format.compiled import COMPILED
+from ..cache_format.int8 import slabs
 from ..cache_format.manifest import Manifest
 from ..cache_format.window import StoredVectors, Values
 from ..stopwatch import Stopwatch
-from .quantiser import agrees, quantise_on_device, quantise_on_host
+from .quantiser import DeviceVectors, agrees, form_of, quantise_on_device, quantise_on_host
 
 BERTHS = 3
 """Batches in host memory: one is filled while others are stored."""
@@ -124,6 +125,9 @@ class Landing:
             if flat.device.type == "cpu" and self._form == AS_THEY_ARE and flat.dtype != torch.float16:
                 self._copy_once(site, index, flat)
                 return
+            if flat.device.type == "cpu" and self._form.divisor is not None and COMPILED:
+                self._quantise_once(site, index, flat, self._form.divisor)
+                return
             rows = self._chosen(flat)
             with self._aside(rows):
                 for name, tensor in self._formed(rows).items():
@@ -176,6 +180,16 @@ class Landing:
         else:
             torch.index_select(flat, 0, self._rows, out=room[index])
 
+    def _quantise_once(self, site: str, index: int, flat: Tensor, divisor: float) -> None:
+        """Into their place, few rows at a time: no new memory is taken, and what is read lies in a cache."""
+        tokens, width = len(flat) if self._rows is None else len(self._rows), flat.shape[1]
+        shapes = form_of(tokens, width)
+        rooms = {name: self._room(site, name, torch.Size(s), dtype) for name, (s, dtype) in shapes.items()}
+        place = DeviceVectors(**{name: room[index] for name, room in rooms.items()})
+        for part in slabs(tokens, width):
+            rows = flat[part] if self._rows is None else flat.index_select(0, self._rows[part])
+            quantise_on_host(rows, divisor, place.rows(part))
+
     def _chosen(self, flat: Tensor) -> Tensor:
         """(row, d_model): own memory where it is read later than now."""
         if self._rows is None:
@@ -186,8 +200,7 @@ class Landing:
 
     def _formed(self, rows: Tensor) -> dict[str, Tensor]:
         if self._form.divisor is not None:
-            on_host = COMPILED and rows.device.type == "cpu"
-            return (quantise_on_host if on_host else quantise_on_device)(rows, self._form.divisor)._asdict()
+            return quantise_on_device(rows, self._form.divisor)._asdict()
         if self._form.rounded:
             return {"values": rows.to(torch.bfloat16)}
         return {"values": rows.float() if rows.dtype == torch.float16 else rows}

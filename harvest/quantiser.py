@@ -33,6 +33,20 @@ class DeviceVectors(NamedTuple):
     peak: Tensor
     """(token,) float32"""
 
+    def rows(self, tokens: slice) -> "DeviceVectors":
+        return DeviceVectors(*(tensor[tokens] for tensor in self))
+
+
+def form_of(tokens: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each of DeviceVectors."""
+    return {
+        "codes": ((tokens, width), torch.int8),
+        "scale": ((tokens, n_blocks(width)), torch.float16),
+        "noise": ((tokens,), torch.float32),
+        "square": ((tokens,), torch.float64),
+        "peak": ((tokens,), torch.float32),
+    }
+
 
 def quantise_on_device(values: Tensor, divisor: float) -> DeviceVectors:
     """values: (token, d_model) of any float type."""
@@ -59,22 +73,14 @@ def quantise_on_device(values: Tensor, divisor: float) -> DeviceVectors:
     return DeviceVectors(codes, scale, noise.float(), square, largest)
 
 
-def quantise_on_host(values: Tensor, divisor: float) -> DeviceVectors:
-    """As `quantise_on_device`, by the codec itself; values: (token, d_model) on the host."""
-    tokens, width = values.shape
-    vectors = DeviceVectors(
-        codes=torch.empty(tokens, width, dtype=torch.int8),
-        scale=torch.empty(tokens, n_blocks(width), dtype=torch.float16),
-        noise=torch.empty(tokens),
-        square=torch.empty(tokens, dtype=torch.float64),
-        peak=torch.empty(tokens),
-    )
-    codes, scale, *measures = (tensor.numpy() for tensor in vectors)
+def quantise_on_host(values: Tensor, divisor: float, out: DeviceVectors) -> None:
+    """As `quantise_on_device`, by the codec itself, into contiguous `out`; values: (token, d_model)."""
+    codes, scale, *measures = (tensor.numpy() for tensor in out)
     try:
         quantise_into(Quantised(codes, scale), values.float().numpy(), divisor, Measures(*measures))
     except CacheError:  # the codec stops at the vector that cannot be stored; here its scale tells of it
-        return quantise_on_device(values, divisor)
-    return vectors
+        for place, made in zip(out, quantise_on_device(values, divisor), strict=True):
+            place.copy_(made)
 
 
 def pairwise_sum(values: Tensor) -> Tensor:

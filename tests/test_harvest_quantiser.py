@@ -10,10 +10,27 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from clt.cache_format.int8 import Measures, quantise, quantise_into
-from clt.harvest.quantiser import DeviceVectors, agrees, pairwise_sum, quantise_on_device, quantise_on_host
+from clt.harvest.quantiser import (
+    DeviceVectors,
+    agrees,
+    form_of,
+    pairwise_sum,
+    quantise_on_device,
+    quantise_on_host,
+)
 
 WIDTHS = [1, 7, 63, 64, 80, 129, 576, 896, 2304, 2880, 4096]
-WAYS = (quantise_on_device, quantise_on_host)
+
+
+def by_the_codec(values: torch.Tensor, divisor: float) -> DeviceVectors:
+    made = DeviceVectors(
+        *(torch.empty(shape, dtype=dtype) for shape, dtype in form_of(*values.shape).values())
+    )
+    quantise_on_host(values, divisor, made)
+    return made
+
+
+WAYS = (quantise_on_device, by_the_codec)
 
 
 def draw(width: int, tokens: int = 40) -> np.ndarray:
