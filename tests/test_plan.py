@@ -213,7 +213,7 @@ WIDTH, LAYERS = 512, 8
 
 @pytest.fixture(scope="module")
 def wide_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wide(tmp_path_factory.mktemp("wide") / "c")
+    return write_wide(tmp_path_factory.mktemp("wide") / "c", val=4)
 
 
 def write_wide(path: Path, val: int = 0) -> Path:
