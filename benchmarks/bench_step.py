@@ -30,8 +30,11 @@ from clt.train.shape import Shape
 from clt.train.step import train_step
 from clt.train.transcoder import CrossLayerTranscoder
 
-TOLERANCE = 1e-3
-"""Largest relative difference, in norm, of any gradient between two ways, in float32."""
+SAME_LOSS = 1e-5
+"""Largest relative difference of the loss between two ways, in float32."""
+TOLERANCE = 2e-2
+"""Largest relative difference, in norm, of any gradient. Inputs that differ in their last bit may decide a
+near tie for a token's k-th latent otherwise: one such code of 65,536 is sqrt(2 / 65,536) = 6e-3 of a gradient."""
 
 
 class Way(NamedTuple):
@@ -131,7 +134,7 @@ def check_gradients(model: CrossLayerTranscoder, leaves: Leaves, batch: Batch) -
         leaves.adam.zero_grad(set_to_none=True)
         difference = abs(float(loss / theirs) - 1)
         print(f"against {step.__name__}: loss differs by {difference:.0e}, gradients by at most {worst:.0e}")
-        if difference > TOLERANCE or worst > TOLERANCE:
+        if difference > SAME_LOSS or worst > TOLERANCE:
             raise SystemExit(f"{step.__name__} computes something else")
 
 
