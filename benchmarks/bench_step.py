@@ -34,7 +34,8 @@ SAME_LOSS = 1e-5
 """Largest relative difference of the loss between two ways, in float32."""
 TOLERANCE = 2e-2
 """Largest relative difference, in norm, of any gradient. Inputs that differ in their last bit may decide a
-near tie for a token's k-th latent otherwise: one such code of 65,536 is sqrt(2 / 65,536) = 6e-3 of a gradient."""
+near tie for a token's k-th latent otherwise; one such code of 65,536 is 6e-3 of a gradient, sqrt(2 / 65,536).
+"""
 
 
 class Way(NamedTuple):
