@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import settings
+from object_store import QUICK, Proxy, s3_server, spoiling_proxy
 
 from clt.cache_format import CacheWriter, Manifest, Split
 from clt.cache_format.bf16 import from_bf16_bits, to_bf16_bits
@@ -173,3 +174,18 @@ def browser() -> Iterator[Any]:
         chromium = playwright.chromium.launch(executable_path=program, args=options)
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    """The port of an S3 server."""
+    with s3_server() as port:
+        yield port
+
+
+@pytest.fixture
+def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """Before that server; who asks through it waits but a moment before trying again."""
+    monkeypatch.setattr("clt.remote.store.Store.__init__.__defaults__", (QUICK,))
+    with spoiling_proxy(server, monkeypatch) as proxy:
+        yield proxy

@@ -25,7 +25,11 @@ from urllib.parse import unquote
 
 import pytest
 
+from clt.remote.store import Patience
+
 BUCKET = "bucket"
+QUICK = Patience(attempts=6, first_wait=0.01, longest_wait=0.05, silence=20)
+IMPATIENT = QUICK._replace(silence=0.5)
 FAULTS = ("unavailable", "cut", "short", "altered", "slow")
 """503; the connection closed in the middle of a body; a body that ends early and says so; one wrong byte; and
 no answer for a while."""

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from object_store import free_port
+from object_store import QUICK, free_port
 from planted import write_planted
 from test_remote_copying import files
 from test_remote_training import config, weights
-from test_remote_uploading import QUICK
 
 from clt.remote import store
 from clt.remote.copying import Folder, copy_cache

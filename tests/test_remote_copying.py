@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,11 @@ from object_store import (
     BUCKET,
     ELSEWHERE,
     FAULTS,
+    IMPATIENT,
+    QUICK,
     FolderHandler,
     Proxy,
     free_port,
-    s3_server,
-    spoiling_proxy,
     web_server,
     write_certificate,
 )
@@ -28,26 +28,12 @@ from clt.cache_format import CacheError, DamagedCacheError, open_cache, verify_c
 from clt.remote import faults
 from clt.remote.address import remote_address
 from clt.remote.copying import Folder, copy_cache
-from clt.remote.store import Patience, Store, UnreachableError
+from clt.remote.store import Store, UnreachableError
 
 pytest.importorskip("obstore")  # the extra dev has them
 pytest.importorskip("moto")
 
-QUICK = Patience(attempts=6, first_wait=0.01, longest_wait=0.05, silence=20)
-IMPATIENT = QUICK._replace(silence=0.5)
 Make = Callable[..., TinyCache]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
-
-
-@pytest.fixture
-def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    with spoiling_proxy(server, monkeypatch) as proxy:
-        yield proxy
 
 
 @pytest.fixture

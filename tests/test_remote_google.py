@@ -4,35 +4,21 @@ moto's server stands for Google's XML interface, which speaks S3's words; Google
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import TinyCache
-from object_store import BUCKET, FAULTS, Proxy, s3_server, spoiling_proxy
+from object_store import BUCKET, FAULTS, Proxy
 from planted import write_planted
 from test_remote_training import config, shard_gets, weights
-from test_remote_uploading import QUICK, there, upload
+from test_remote_uploading import there, upload
 
 from clt.remote import store
 from clt.remote.copying import Folder, copy_cache
 from clt.train.loop import train
 
 Make = Callable[..., TinyCache]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
-
-
-@pytest.fixture
-def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(store.Store.__init__, "__defaults__", (QUICK,))
-    with spoiling_proxy(server, monkeypatch) as proxy:
-        yield proxy
 
 
 def spoil(method: str, path: str, nth: int) -> str | None:

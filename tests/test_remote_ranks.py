@@ -3,12 +3,11 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny
-from object_store import BUCKET, Proxy, s3_server, spoiling_proxy
+from object_store import BUCKET, Proxy
 from planted import write_planted
 from test_remote_training import shard_gets
 from test_train_ranks import configure, job, require_same, run_ranks
@@ -24,18 +23,6 @@ pytest.importorskip("obstore")  # the extra dev has them
 pytest.importorskip("moto")
 
 LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
-
-
-@pytest.fixture
-def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    with spoiling_proxy(server, monkeypatch) as proxy:
-        yield proxy
 
 
 def test_each_rank_fetches_its_own_layers_once(proxy: Proxy, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ import torch
 from object_store import (
     BUCKET,
     FAULTS,
+    IMPATIENT,
     Proxy,
-    s3_server,
-    spoiling_proxy,
     web_server,
     write_certificate,
 )
@@ -34,22 +32,7 @@ from clt.train.run_folder import load_config
 pytest.importorskip("obstore")  # the extra dev has them
 pytest.importorskip("moto")
 
-QUICK = store.Patience(attempts=6, first_wait=0.01, longest_wait=0.05, silence=20)
-IMPATIENT = QUICK._replace(silence=0.5)
 WINDOWS, TOKENS = 8, 8 * 512
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
-
-
-@pytest.fixture
-def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(store.Store.__init__, "__defaults__", (QUICK,))
-    with spoiling_proxy(server, monkeypatch) as proxy:
-        yield proxy
 
 
 @pytest.fixture(scope="module")

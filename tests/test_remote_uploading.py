@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -10,7 +10,7 @@ from threading import Event
 import pytest
 import tiny
 from conftest import TinyCache
-from object_store import BUCKET, Proxy, s3_server, spoiling_proxy
+from object_store import BUCKET, Proxy
 
 from clt.cache_format import CacheError, CacheWriter, open_cache
 from clt.remote import store
@@ -20,21 +20,7 @@ from clt.remote.uploading import Upload
 pytest.importorskip("obstore")  # the extra dev has them
 pytest.importorskip("moto")
 
-QUICK = store.Patience(attempts=6, first_wait=0.01, longest_wait=0.05, silence=20)
 Make = Callable[..., TinyCache]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[int]:
-    with s3_server() as port:
-        yield port
-
-
-@pytest.fixture
-def proxy(server: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    monkeypatch.setattr(store.Store.__init__, "__defaults__", (QUICK,))
-    with spoiling_proxy(server, monkeypatch) as proxy:
-        yield proxy
 
 
 @pytest.fixture
