@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,16 +45,8 @@ class CircuitTracer:
         with self._open("W_enc", 0) as file:
             latents, width = file.get_slice("W_enc_0").get_shape()
             jumps = "threshold_0" in file.keys()  # noqa: SIM118 - a safetensors file, not a dict
-        self.shape = Shape(
-            layers=layers,
-            d_model=width,
-            n_latents=latents,
-            k=None,
-            n_targets=1,
-            activation="jumprelu" if jumps else "relu",
-            bandwidth=2.0 if jumps else None,
-        )
-        self.shape = Shape(**{**asdict(self.shape), "n_targets": self._reach()})
+        self.shape = _shape(layers, width, latents, jumps=jumps)
+        self.shape = replace(self.shape, n_targets=self._reach())
 
     def encoder(self, source: int) -> dict[str, Tensor]:
         with self._open("W_enc", source) as file:
@@ -103,17 +95,7 @@ class TranscoderSet:
         with safe_open(self._path(0), "pt") as file:
             names = set(file.keys())
             latents, width = file.get_slice("W_enc").get_shape()
-        jumps = self.THRESHOLD in names
-        self.shape = Shape(
-            layers=layers,
-            d_model=width,
-            n_latents=latents,
-            k=None,
-            n_targets=1,
-            activation="jumprelu" if jumps else "relu",
-            bandwidth=2.0 if jumps else None,
-            skip="W_skip" in names,
-        )
+        self.shape = _shape(layers, width, latents, jumps=self.THRESHOLD in names, skip="W_skip" in names)
 
     def encoder(self, source: int) -> dict[str, Tensor]:
         tensors = {name: self._read(source, name) for name in ("W_enc", "b_enc")}
@@ -233,6 +215,20 @@ def _read_settings(path: Path) -> dict[str, str]:
         raise ValueError(f"{path.parent}: expected a file {path.name}, found none")
     pairs = [line.partition(":") for line in path.read_text().splitlines() if ":" in line]
     return {key.strip(): value.strip().strip("'\"") for key, _, value in pairs if not key.startswith("#")}
+
+
+def _shape(layers: tuple[int, ...], width: int, latents: int, *, jumps: bool, skip: bool = False) -> Shape:
+    """Each layer for itself; jumps: there are thresholds."""
+    return Shape(
+        layers=layers,
+        d_model=width,
+        n_latents=latents,
+        k=None,
+        n_targets=1,
+        activation="jumprelu" if jumps else "relu",
+        bandwidth=2.0 if jumps else None,
+        skip=skip,
+    )
 
 
 def _site(folder: Path, settings: dict[str, str]) -> str:
