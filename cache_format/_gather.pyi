@@ -17,7 +17,7 @@ def gather_codes(
     sums: Array,
     /,
 ) -> None:
-    """The rows `order` (64 at most) of int8 codes and float16 steps into a chunk, zeros behind them.
+    """The rows `order` of int8 codes and float16 steps into as many chunks as they fill, zeros behind them.
 
     Their values are added to the sums of their groups in this order. ValueError where one is out of range.
     """

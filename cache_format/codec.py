@@ -5,7 +5,7 @@ zstd with its checksum for int8 codes, scales and statistics; for bf16 blosc (by
 
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from .errors import DamagedCacheError
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
-Parts = tuple[bytes | memoryview, ...]
+Stored = bytes | memoryview
+Parts = tuple[Stored, ...]
 """Stored bytes that lie in several places."""
 
 SMALL = 1 << 16
@@ -53,13 +54,22 @@ BLOSC_JSON = {
 def encode_chunk(chunk: Array) -> bytes:
     """Stored bytes of one chunk; uint16 is bf16 bits, every other dtype goes through zstd."""
     if chunk.dtype == np.uint16:
-        return b"".join(encode_planes(*planes(chunk)))
-    whole = np.ascontiguousarray(chunk)
-    if whole.nbytes <= SMALL:
-        small: bytes = _kept("small", _small_compressor).compress(whole.data)
-        return small
-    framed: bytes = _ZSTD.encode(whole)
-    return framed
+        low, high = planes(chunk)
+        return b"".join(next(encode_planes(low[None], high[None])))
+    return bytes(encode_chunks(chunk[None])[0])
+
+
+def encode_chunks(chunks: Array) -> list[Stored]:
+    """As `encode_chunk`, of the chunks (chunk, ...), which are not bf16, in one call."""
+    return _compress(_kept("compressor", _compressor), chunks)
+
+
+def _compress(compressor: ZstdCompressor, chunks: Array) -> list[Stored]:
+    """A frame each; one call for all, for a call changes the thread that Python runs."""
+    if len(chunks) == 1:
+        return [compressor.compress(np.ascontiguousarray(chunks[0]).data)]
+    frames = compressor.multi_compress_to_buffer([np.ascontiguousarray(chunk).data for chunk in chunks])
+    return [memoryview(frames[nth]) for nth in range(len(frames))]
 
 
 def planes(chunk: Array) -> tuple[Bytes, Bytes]:
@@ -68,25 +78,28 @@ def planes(chunk: Array) -> tuple[Bytes, Bytes]:
     return np.ascontiguousarray(low), np.ascontiguousarray(high)
 
 
-def encode_planes(low: Bytes, high: Bytes) -> Parts:
-    """A blosc container of one block, and its crc32c: the low bytes (last bit of the exponent, mantissa) as
-    they are, for they are noise, then the high bytes (sign and the rest of the exponent) as a zstd frame.
+def encode_planes(low: Bytes, high: Bytes) -> Iterator[Parts]:
+    """Of each chunk's bytes (chunk, ...): a blosc container of one block, and its crc32c: the low bytes (last
+    bit of the exponent, mantissa) as they are, for they are noise, then the high bytes (sign and the rest of
+    the exponent) as a zstd frame.
 
     Put together here and not by blosc, whose zstd levels all spend bits and time on chance matches; any
     blosc reads it. `benchmarks/bench_codec.py` compares them.
     """
-    size = low.size
-    frame = _kept("entropy", _entropy_coder).compress(high.data)
-    start = _BLOSC_HEAD.size
+    frames = _compress(_kept("entropy", _entropy_coder), high)
+    for of_low, of_high, frame in zip(low, high, frames, strict=True):
+        yield _checked(_container(of_low.reshape(-1), of_high.reshape(-1), frame))
+
+
+def _container(low: Bytes, high: Bytes, frame: Stored) -> Parts:
+    size, start = low.size, _BLOSC_HEAD.size
     if size < _BLOSC_SPLITTABLE or len(frame) + 12 > size:  # 12: sizes and offset
         stored = start + 2 * size
         head = _BLOSC_HEAD.pack(2, 1, _BLOSC_STORED, 2, 2 * size, 2 * size, stored)
-        return _checked((head, np.column_stack([low, high]).tobytes()))
+        return head, np.column_stack([low, high]).tobytes()
     stored = start + 12 + size + len(frame)
     head = _BLOSC_HEAD.pack(2, 1, _BLOSC_SHUFFLED_ZSTD, 2, 2 * size, 2 * size, stored)
-    return _checked(
-        (head + struct.pack("<II", start + 4, size), low.data, struct.pack("<I", len(frame)), frame)
-    )
+    return head + struct.pack("<II", start + 4, size), low.data, struct.pack("<I", len(frame)), frame
 
 
 def _checked(parts: Parts) -> Parts:
@@ -103,8 +116,8 @@ def _kept(name: str, make: Callable[[], Any]) -> Any:
     return getattr(_LOCAL, name)
 
 
-def _small_compressor() -> ZstdCompressor:
-    """Gives what `_ZSTD` gives."""
+def _compressor() -> ZstdCompressor:
+    """Gives what numcodecs' `_ZSTD` gives, but keeps its memory from one chunk to the next."""
     return ZstdCompressor(level=1, write_checksum=True, write_content_size=True)
 
 

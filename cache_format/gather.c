@@ -1,4 +1,4 @@
-/* A window's rows into a chunk, in their stored order, and the sums of what they hold by group: one look at each
+/* A window's rows into chunks, in their stored order, and the sums of what they hold by group: one look at each
  * row, which lies far from the processor, and all the rest of the work on the chunk, which lies near. */
 #include "kernels.h"
 
@@ -17,11 +17,10 @@ static int in_range(const Py_buffer *order, const Py_buffer *group)
 }
 
 /* Rows of `bytes` bytes; zeros behind the last. */
-static void gather(const char *from, Py_ssize_t bytes, const Py_buffer *order, char *chunk)
+static void gather(const char *from, Py_ssize_t bytes, const int64_t *order, Py_ssize_t tokens, char *chunk)
 {
-    Py_ssize_t tokens = order->len / 8;
     for (Py_ssize_t token = 0; token < tokens; token++)
-        memcpy(chunk + token * bytes, from + ((int64_t *)order->buf)[token] * bytes, bytes);
+        memcpy(chunk + token * bytes, from + order[token] * bytes, bytes);
     memset(chunk + tokens * bytes, 0, (CHUNK - tokens) * bytes);
 }
 
@@ -33,12 +32,11 @@ INLINE void add_codes(const int8_t *restrict codes, float step, int n, double *r
 }
 
 WIDEST static void add_rows(const int8_t *codes, const uint16_t *scale, Py_ssize_t width,
-                            const Py_buffer *order, const int64_t *group, double *sums)
+                            const int64_t *order, Py_ssize_t tokens, const int64_t *group, double *sums)
 {
-    Py_ssize_t tokens = order->len / 8;
     for (Py_ssize_t start = 0; start < width; start += TILE)
         for (Py_ssize_t token = 0; token < tokens; token++) {
-            double *sum = sums + group[((int64_t *)order->buf)[token]] * width;
+            double *sum = sums + group[order[token]] * width;
             const int8_t *row = codes + token * width;
             const uint16_t *steps = scale + token * n_blocks(width);
             Py_ssize_t at = start, end = start + TILE < width ? start + TILE : width;
@@ -64,6 +62,12 @@ WIDEST static void add_row(const uint16_t *restrict bits, Py_ssize_t width, doub
         sums[i] += (double)float_of((uint32_t)bits[i] << 16);
 }
 
+/* Rows of all chunks that `order` fills, the last one perhaps in part. */
+static Py_ssize_t rows_of(const Py_buffer *order)
+{
+    return (order->len / 8 + CHUNK - 1) / CHUNK * CHUNK;
+}
+
 static PyObject *finish(Py_buffer *buffers, int number, int fit)
 {
     release(buffers, number);
@@ -82,16 +86,23 @@ static PyObject *gather_codes(PyObject *module, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "y*y*ny*y*w*w*w*", &at[CODES], &at[SCALE], &width, &at[ORDER], &at[GROUP],
                           &at[CHUNK_CODES], &at[CHUNK_SCALE], &at[SUMS]))
         return NULL;
-    Py_ssize_t rows = at[GROUP].len / 8, scales = 2 * n_blocks(width);
+    Py_ssize_t rows = at[GROUP].len / 8, scales = 2 * n_blocks(width), tokens = at[ORDER].len / 8;
     int fit = width > 0 && holds(&at[CODES], rows, width, 1) && holds(&at[SCALE], rows, scales, 1)
-              && holds(&at[GROUP], rows, 1, 8) && at[ORDER].len <= 8 * CHUNK && at[ORDER].len % 8 == 0
-              && holds(&at[CHUNK_CODES], CHUNK, width, 1) && holds(&at[CHUNK_SCALE], CHUNK, scales, 1)
+              && holds(&at[GROUP], rows, 1, 8) && holds(&at[ORDER], tokens, 1, 8)
+              && holds(&at[CHUNK_CODES], rows_of(&at[ORDER]), width, 1)
+              && holds(&at[CHUNK_SCALE], rows_of(&at[ORDER]), scales, 1)
               && holds(&at[SUMS], GROUPS, width, sizeof(double)) && in_range(&at[ORDER], &at[GROUP]);
     if (fit) {
         Py_BEGIN_ALLOW_THREADS;
-        gather(at[CODES].buf, width, &at[ORDER], at[CHUNK_CODES].buf);
-        gather(at[SCALE].buf, scales, &at[ORDER], at[CHUNK_SCALE].buf);
-        add_rows(at[CHUNK_CODES].buf, at[CHUNK_SCALE].buf, width, &at[ORDER], at[GROUP].buf, at[SUMS].buf);
+        for (Py_ssize_t start = 0; start < tokens; start += CHUNK) {
+            Py_ssize_t here = tokens - start < CHUNK ? tokens - start : CHUNK;
+            const int64_t *order = (int64_t *)at[ORDER].buf + start;
+            char *codes = (char *)at[CHUNK_CODES].buf + start * width;
+            char *steps = (char *)at[CHUNK_SCALE].buf + start * scales;
+            gather(at[CODES].buf, width, order, here, codes);
+            gather(at[SCALE].buf, scales, order, here, steps);
+            add_rows((int8_t *)codes, (uint16_t *)steps, width, order, here, at[GROUP].buf, at[SUMS].buf);
+        }
         Py_END_ALLOW_THREADS;
     }
     return finish(at, ALL, fit);
@@ -108,9 +119,9 @@ static PyObject *gather_planes(PyObject *module, PyObject *arguments)
         return NULL;
     Py_ssize_t rows = at[GROUP].len / 8, tokens = at[ORDER].len / 8;
     int fit = width > 0 && holds(&at[BITS], rows, width, 2) && holds(&at[GROUP], rows, 1, 8)
-              && at[ORDER].len <= 8 * CHUNK && at[ORDER].len % 8 == 0 && holds(&at[LOW], CHUNK, width, 1)
-              && holds(&at[HIGH], CHUNK, width, 1) && holds(&at[SUMS], GROUPS, width, sizeof(double))
-              && in_range(&at[ORDER], &at[GROUP]);
+              && holds(&at[ORDER], tokens, 1, 8) && holds(&at[LOW], rows_of(&at[ORDER]), width, 1)
+              && holds(&at[HIGH], rows_of(&at[ORDER]), width, 1)
+              && holds(&at[SUMS], GROUPS, width, sizeof(double)) && in_range(&at[ORDER], &at[GROUP]);
     if (fit) {
         uint8_t *low = at[LOW].buf, *high = at[HIGH].buf;
         Py_BEGIN_ALLOW_THREADS;
@@ -120,8 +131,8 @@ static PyObject *gather_planes(PyObject *module, PyObject *arguments)
             split_row(bits, width, low + token * width, high + token * width);
             add_row(bits, width, (double *)at[SUMS].buf + group * width);
         }
-        memset(low + tokens * width, 0, (CHUNK - tokens) * width);
-        memset(high + tokens * width, 0, (CHUNK - tokens) * width);
+        memset(low + tokens * width, 0, (rows_of(&at[ORDER]) - tokens) * width);
+        memset(high + tokens * width, 0, (rows_of(&at[ORDER]) - tokens) * width);
         Py_END_ALLOW_THREADS;
     }
     return finish(at, ALL, fit);

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .bf16 import Bits, from_bf16_bits
-from .codec import Array, Parts, encode_chunk, encode_planes, planes
+from .codec import Array, Parts, Stored, encode_chunks, encode_planes, planes
 from .compiled import COMPILED
-from .int8 import Doubles, Floats, Quantised, dequantise
+from .int8 import Doubles, Floats, Quantised, Scales, dequantise
 from .layout import CHUNK
 
 if COMPILED:
@@ -20,38 +20,53 @@ if COMPILED:
 
 Places = npt.NDArray[np.int64]
 
+AT_ONCE = 1 << 18
+"""Bytes that one call gathers: they lie in the processor's cache until they are encoded."""
 
-def gather_codes(of: Quantised, order: Places, group: Places, sums: Doubles) -> Iterator[tuple[Parts, Parts]]:
-    """Stored bytes of codes and steps, chunk by chunk.
+
+def gather_codes(
+    of: Quantised, order: Places, group: Places, sums: Doubles
+) -> Iterator[tuple[Stored, Scales]]:
+    """Stored bytes of each chunk's codes, and its steps (token, block), which lie in memory of their own.
 
     order: place on disk -> row; group (row,): 0 to N_GROUPS - 1; sums (N_GROUPS, d_model): added to.
     """
     width, blocks = of.codes.shape[1], of.scale.shape[1]
-    codes, scale = np.empty((CHUNK, width), np.int8), np.empty((CHUNK, blocks), np.float16)
-    for rows in _cut(order):
+    n_chunks = -(-len(order) // CHUNK)
+    scale = np.empty((n_chunks * CHUNK, blocks), np.float16)
+    codes = np.empty((_chunks_at_once(width) * CHUNK, width), np.int8)
+    for place, rows in _cut(order, len(codes)):
+        some, steps = codes[: place.stop - place.start], scale[place]
         if COMPILED:
-            _gather.gather_codes(*of, width, rows, group, codes, scale, sums)
+            _gather.gather_codes(*of, width, rows, group, some, steps, sums)
         else:
-            codes, scale = (_padded(array[rows]) for array in of)
-            _add(dequantise(codes, scale), group[rows], sums)
-        yield (encode_chunk(codes),), (encode_chunk(scale),)
+            some[...], steps[...] = (_padded(array[rows]) for array in of)
+            _add(dequantise(some, steps), group[rows], sums)
+        yield from zip(encode_chunks(_by_chunk(some)), _by_chunk(steps), strict=True)
 
 
 def gather_bits(bits: Bits, order: Places, group: Places, sums: Doubles) -> Iterator[Parts]:
-    """As `gather_codes`, of bf16; what it yields lies in memory that all its chunks together have."""
+    """As `gather_codes`, of bf16; what it yields lies in memory that is used again."""
     width = bits.shape[1]
-    low, high = (
-        np.empty((-(-len(order) // CHUNK), CHUNK * width), np.uint8),
-        np.empty(CHUNK * width, np.uint8),
-    )
-    for chunk, rows in enumerate(_cut(order)):
+    room = np.empty((2, _chunks_at_once(width) * CHUNK, width), np.uint8)
+    for place, rows in _cut(order, room.shape[1]):
+        low, high = room[:, : place.stop - place.start]
         if COMPILED:
-            _gather.gather_planes(bits, width, rows, group, low[chunk], high, sums)
+            _gather.gather_planes(bits, width, rows, group, low, high, sums)
         else:
             padded = _padded(bits[rows])
-            low[chunk], high = planes(padded)
+            low.reshape(-1)[:], high.reshape(-1)[:] = planes(padded)
             _add(from_bf16_bits(padded), group[rows], sums)
-        yield encode_planes(low[chunk], high)
+        yield from encode_planes(_by_chunk(low), _by_chunk(high))
+
+
+def _chunks_at_once(width: int) -> int:
+    """Several where they are small: a call for each would cost as much as its work."""
+    return max(1, AT_ONCE // (CHUNK * width))
+
+
+def _by_chunk(rows: Array) -> Array:
+    return rows.reshape(-1, CHUNK, rows.shape[1])
 
 
 def _add(values: Floats, group: Places, sums: Doubles) -> None:
@@ -67,6 +82,8 @@ def _padded(rows: Array) -> Array:
     return np.concatenate([rows, np.zeros((missing, *rows.shape[1:]), rows.dtype)]) if missing else rows
 
 
-def _cut(order: Places) -> Iterator[Places]:
-    for start in range(0, len(order), CHUNK):
-        yield order[start : start + CHUNK]
+def _cut(order: Places, at_once: int) -> Iterator[tuple[slice, Places]]:
+    """Places on disk, whole chunks of them, and the rows that go there."""
+    for start in range(0, len(order), at_once):
+        rows = order[start : start + at_once]
+        yield slice(start, start + len(rows) + -len(rows) % CHUNK), rows

@@ -1,16 +1,16 @@
 """A window that takes no more tokens, as the files that it is on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from . import layout
-from .codec import Parts, encode_chunk
+from .codec import Parts, encode_chunk, encode_chunks
 from .gathered import Places, gather_bits, gather_codes
 from .permutation import permutation
-from .shard import build_shard
+from .shard import shard_parts
 from .statistics import SiteSums
 from .window import Window
 
@@ -21,7 +21,8 @@ SINK_RATIO = 50.0
 class EncodedFile(NamedTuple):
     path: str
     """relative to the cache"""
-    parts: Parts
+    parts: Iterable[bytes | memoryview]
+    """Encoded while they are taken; a part's memory is used again for the next."""
 
 
 class SealedWindow:
@@ -45,21 +46,31 @@ class SealedWindow:
             yield EncodedFile(path, (encode_chunk(chunk),))
 
     def layer_files(self, site: str, index: int, sums: SiteSums) -> Iterator[EncodedFile]:
-        """One layer of one site, permuted; adds its part to `sums`."""
-        window, slots = self.window, self.window.manifest.chunks_per_window
+        """One layer of one site, permuted, each file to be written before the next is asked for; adds its
+        part to `sums`."""
+        window = self.window
         self._add_measures(site, index, sums)
         added = np.zeros((layout.N_GROUPS, window.manifest.d_model))
         array = layout.values_array(self.split, site)
         if window.manifest.precision == "bf16":
             bits = window.bits[site][index, : self.tokens]
-            shards = {array: [*gather_bits(bits, self._order, self.group, added)]}
+            yield self._shard(array, index, gather_bits(bits, self._order, self.group, added))
         else:
-            stored = window.quantised(site, index, slice(self.tokens))
-            codes, scale = zip(*gather_codes(stored, self._order, self.group, added), strict=True)
-            shards = {array: [*codes], layout.scale_array(self.split, site): [*scale]}
+            stored, scales = window.quantised(site, index, slice(self.tokens)), []
+
+            def codes() -> Iterator[Parts]:
+                for chunk, scale in gather_codes(stored, self._order, self.group, added):
+                    scales.append(scale)
+                    yield (chunk,)
+
+            yield self._shard(array, index, codes())
+            steps = ((frame,) for frame in encode_chunks(np.stack(scales)))
+            yield self._shard(layout.scale_array(self.split, site), index, steps)
         sums.sum[:, index] += added
-        for name, chunks in shards.items():
-            yield EncodedFile(layout.shard_file(name, self.number, index), build_shard(chunks, slots))
+
+    def _shard(self, array: str, index: int, chunks: Iterable[Parts]) -> EncodedFile:
+        parts = shard_parts(chunks, self.window.manifest.chunks_per_window)
+        return EncodedFile(layout.shard_file(array, self.number, index), parts)
 
     @np.errstate(invalid="ignore", over="ignore")  # bf16 keeps NaN and infinity; the statistics then say so
     def _add_measures(self, site: str, index: int, sums: SiteSums) -> None:

@@ -10,7 +10,6 @@ import struct
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,15 @@ NEAR = 1 << 16
 """Bytes between two chunks up to which one call for both costs less than two: scales are small."""
 
 
-def build_shard(chunks: Sequence[Parts], slots: int) -> Parts:
-    """Bytes of a shard with `slots` places, of which the first len(chunks) are filled."""
-    index = np.full((slots, 2), _ABSENT, "<u8")
-    sizes = np.array([sum(map(len, chunk)) for chunk in chunks], "<u8")
-    index[: len(chunks), 0] = np.cumsum(sizes) - sizes
-    index[: len(chunks), 1] = sizes
+def shard_parts(chunks: Iterable[Parts], slots: int) -> Iterator[bytes | memoryview]:
+    """A shard with `slots` places, of which the first are filled: each chunk as it comes, then the index."""
+    index, end = np.full((slots, 2), _ABSENT, "<u8"), 0
+    for slot, chunk in enumerate(chunks):
+        size = sum(map(len, chunk))
+        index[slot], end = (end, size), end + size
+        yield from chunk
     footer = index.tobytes()
-    return (*chain.from_iterable(chunks), footer + crc32c(footer).to_bytes(4, "little"))
+    yield footer + crc32c(footer).to_bytes(4, "little")
 
 
 def index_bytes(slots: int) -> int:

@@ -156,12 +156,12 @@ def memory(manifest: Manifest, threads: int) -> int:
     aside:
 
         3 windows (two splits fill, one is written): window * (bytes_per_token + n_layers * 32 + 18)
-        each thread: 2 * window * d_model * bytes a value (a shard and its parts) + 24 * SLAB
+        each thread: 4 * CHUNK * d_model * bytes a value (a chunk and its parts) + 24 * SLAB
         5 sums (two splits, two sites, one being encoded): 8 groups * n_layers * d_model * 8
     """
     value = 1 if manifest.precision == "int8" else 2
     columns = sum(dtype.itemsize for dtype in layout.TOKEN_COLUMNS.values())
     of_token = manifest.bytes_per_token + manifest.n_layers * 32 + columns
-    shard = manifest.window * manifest.d_model * value
+    chunk = layout.CHUNK * manifest.d_model * value
     sums = layout.N_GROUPS * manifest.n_layers * manifest.d_model * 8
-    return 3 * manifest.window * of_token + threads * (2 * shard + 24 * SLAB) + 5 * sums
+    return 3 * manifest.window * of_token + threads * (4 * chunk + 24 * SLAB) + 5 * sums

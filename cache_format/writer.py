@@ -9,7 +9,7 @@ A full window is encoded and written by threads while the next one fills; its jo
 all its files are durable, is the commit. A killed process therefore loses at most the windows that were
 being filled. Adding again from the cursor writes, byte for byte, what would have been written without it.
 
-Memory: `window.memory` states the bound, three windows and two shards for each thread; FORMAT.md explains it.
+Memory: `window.memory` states the bound, three windows and a few chunks a thread; FORMAT.md explains it.
 """
 
 import os

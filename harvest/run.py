@@ -36,7 +36,7 @@ from .rows import Rows, open_rows
 from .taps import MlpTaps
 
 MOST_WRITERS = 16
-"""Threads that quantise and encode; each wants memory for two shards."""
+"""Threads that quantise and encode; each wants a few megabytes."""
 
 
 class HarvestReport(NamedTuple):

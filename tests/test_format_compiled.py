@@ -141,7 +141,7 @@ def test_chunks_and_sums(width: int, tokens: int, precision: str) -> None:
         sums = np.ones((8, width))
         if precision == "int8":
             chunks = [*gathered.gather_codes(quantise(values, 8.0), order, group, sums)]
-            return [b"".join(part) for pair in chunks for part in pair], sums
+            return [bytes(part) for pair in chunks for part in pair], sums
         return [
             b"".join(parts) for parts in gathered.gather_bits(bf16.to_bf16_bits(values), order, group, sums)
         ], sums

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from clt.cache_format import CacheError, DamagedCacheError
 from clt.cache_format import shard as shard_module
 from clt.cache_format.codec import encode_chunk
-from clt.cache_format.shard import Shard, build_shard
+from clt.cache_format.shard import Shard, shard_parts
 
 IO = pytest.mark.parametrize("io", ["mmap", "pread"])
 CHUNKS = [np.full((64, 16), n, np.int8) + np.arange(16, dtype=np.int8) for n in range(3)]
@@ -43,7 +43,7 @@ def decoded(shard: Shard, slot: int) -> npt.NDArray[np.int8]:
     return out
 
 
-DATA = b"".join(build_shard([(encode_chunk(chunk),) for chunk in CHUNKS], 4))
+DATA = b"".join(shard_parts([(encode_chunk(chunk),) for chunk in CHUNKS], 4))
 
 
 @IO
@@ -205,7 +205,7 @@ def test_any_bytes_are_no_shard(put: Callable[[bytes], Path], data: bytes, slots
 def test_building_fills_the_first_slots(chunks: list[bytes], spare: int) -> None:
     """Every chunk lies where the index says, back to back; what is left over is absent."""
     slots = len(chunks) + spare
-    data = b"".join(build_shard([(chunk,) for chunk in chunks], slots))
+    data = b"".join(shard_parts([(chunk,) for chunk in chunks], slots))
     index = np.frombuffer(data[len(data) - 4 - 16 * slots : -4], "<u8").reshape(slots, 2)
     for chunk, (start, size) in zip(chunks, index.tolist(), strict=False):
         assert data[start : start + size] == chunk

@@ -3,6 +3,7 @@
 import errno
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -221,15 +222,15 @@ def test_full_disk_keeps_what_is_committed(
     """ENOSPC in the middle of a window: the error passes on, what is committed opens, a rerun completes."""
     tiny.write_dataset(tmp_path / "data")
     config = configure(model, tmp_path / "data" / "train.jsonl", tmp_path / "c", batch_tokens=70)
-    write, calls = clt.cache_format.encoders.write_file, []
+    write, calls = clt.cache_format.encoders.write_parts, []
 
-    def failing(path: Path, data: bytes, rank: int) -> None:
+    def failing(path: Path, parts: Iterable[bytes], rank: int) -> tuple[int, str]:
         calls.append(path)
         if len(calls) > 100:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, data, rank)
+        return write(path, parts, rank)
 
-    monkeypatch.setattr(clt.cache_format.encoders, "write_file", failing)
+    monkeypatch.setattr(clt.cache_format.encoders, "write_parts", failing)
     with pytest.raises(OSError, match="No space left on device"):
         harvest(config)
     monkeypatch.undo()

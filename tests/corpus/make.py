@@ -21,7 +21,7 @@ from test_format_corpus import GOLDEN, SLOTS, refusal
 
 from clt.cache_format.codec import encode_chunk
 from clt.cache_format.files import checksum
-from clt.cache_format.shard import build_shard
+from clt.cache_format.shard import shard_parts
 
 HUGE = "1" + "0" * 400
 ROOT = (GOLDEN / "zarr.json").read_bytes()
@@ -106,7 +106,7 @@ def hand_picked() -> dict[str, dict[str, bytes]]:
 
 def sound_shard(dtype: type) -> bytes:
     chunk = (np.arange(64 * 66) % 7).astype(dtype).reshape(64, 66)
-    return b"".join(build_shard([(encode_chunk(chunk),)] * SLOTS, SLOTS))
+    return b"".join(shard_parts([(encode_chunk(chunk),)] * SLOTS, SLOTS))
 
 
 def bad_shards() -> dict[str, bytes]:
