@@ -69,7 +69,7 @@ def _compress(compressor: ZstdCompressor, chunks: Array) -> list[Stored]:
     if len(chunks) == 1:
         return [compressor.compress(np.ascontiguousarray(chunks[0]).data)]
     frames = compressor.multi_compress_to_buffer([np.ascontiguousarray(chunk).data for chunk in chunks])
-    return [memoryview(frames[nth]) for nth in range(len(frames))]
+    return [memoryview(frames[nth]) for nth in range(len(frames))]  # type: ignore[arg-type]  # it is a buffer
 
 
 def planes(chunk: Array) -> tuple[Bytes, Bytes]:
