@@ -15,9 +15,12 @@ def quantise(
     noise: Array = ...,
     square: Array = ...,
     peak: Array = ...,
+    rows: Array = ...,
     /,
 ) -> int:
-    """int8 codes and float16 steps of `values` (token, width) float32; factor: step over mean |value|.
+    """int8 codes and float16 steps of `values` (row, width) float32; factor: step over mean |value|.
+
+    rows (token,) int64: which of `values` are the tokens; not given: all of them.
 
     noise float32, square float64, peak float32, (token,) each: filled as `Measures` says, all or none.
     Returns the first token that int8 cannot hold, or -1; what stands behind it is not quantised.

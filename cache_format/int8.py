@@ -73,16 +73,29 @@ def quantise(values: Floats, divisor: float) -> Quantised:
     return made
 
 
-def quantise_into(place: Quantised, values: Floats, divisor: float, measures: Measures | None = None) -> None:
-    """As `quantise`, into contiguous arrays; fills `measures`, equal to numpy's but for last digits."""
+def quantise_into(
+    place: Quantised,
+    values: Floats,
+    divisor: float,
+    measures: Measures | None = None,
+    rows: npt.NDArray[np.int64] | None = None,
+) -> None:
+    """As `quantise`, into contiguous arrays; fills `measures`, equal to numpy's but for last digits.
+
+    rows: which of `values` the tokens are, in order; with `measures` only.
+    """
+    assert rows is None or measures
     if COMPILED:
         given, factor = np.ascontiguousarray(values), GAUSSIAN / divisor
-        if _quantise.quantise(given, values.shape[1], factor, *place, *(measures or ())) >= 0:
+        told = (*(measures or ()), *(() if rows is None else (rows,)))
+        if _quantise.quantise(given, values.shape[1], factor, *place, *told) >= 0:
             raise CacheError(UNSTORABLE)
         return
-    for rows in slabs(*values.shape):
-        part = Quantised(place.codes[rows], place.scale[rows])
-        _by_numpy(part, values[rows], divisor, measures and measures.rows(rows))
+    for part in slabs(*place.codes.shape):
+        some = Quantised(place.codes[part], place.scale[part])
+        _by_numpy(
+            some, values[part if rows is None else rows[part]], divisor, measures and measures.rows(part)
+        )
 
 
 def _by_numpy(place: Quantised, values: Floats, divisor: float, measures: Measures | None) -> None:

@@ -113,24 +113,25 @@ INLINE int quantise_row(const float *restrict x, size_t width, float factor, int
     return 1;
 }
 
-/* The first row that cannot be stored, or -1. */
-WIDEST static Py_ssize_t quantise_rows(const float *x, Py_ssize_t rows, Py_ssize_t width, float factor,
-                                       int8_t *codes, uint16_t *scale)
+/* The first row that cannot be stored, or -1; chosen: which rows of x, NULL for all in turn. */
+WIDEST static Py_ssize_t quantise_rows(const float *x, const int64_t *chosen, Py_ssize_t rows, Py_ssize_t width,
+                                       float factor, int8_t *codes, uint16_t *scale)
 {
     for (Py_ssize_t row = 0; row < rows; row++)
-        if (!quantise_row(x + row * width, width, factor, codes + row * width, scale + row * n_blocks(width),
-                          NULL))
+        if (!quantise_row(x + (chosen ? chosen[row] : row) * width, width, factor, codes + row * width,
+                          scale + row * n_blocks(width), NULL))
             return row;
     return -1;
 }
 
-WIDEST static Py_ssize_t measure_rows(const float *x, Py_ssize_t rows, Py_ssize_t width, float factor,
-                                      int8_t *codes, uint16_t *scale, float *noise, double *square, float *peak)
+WIDEST static Py_ssize_t measure_rows(const float *x, const int64_t *chosen, Py_ssize_t rows, Py_ssize_t width,
+                                      float factor, int8_t *codes, uint16_t *scale, float *noise, double *square,
+                                      float *peak)
 {
     for (Py_ssize_t row = 0; row < rows; row++) {
         struct told told = {{0}, {0}, 0};
-        if (!quantise_row(x + row * width, width, factor, codes + row * width, scale + row * n_blocks(width),
-                          &told))
+        if (!quantise_row(x + (chosen ? chosen[row] : row) * width, width, factor, codes + row * width,
+                          scale + row * n_blocks(width), &told))
             return row;
         noise[row] = (float)total(&told.noise);
         square[row] = total(&told.square);
@@ -178,31 +179,44 @@ WIDEST static void measure_bits(const uint16_t *restrict bits, Py_ssize_t width,
     *peak = float_of((uint32_t)largest << 16);
 }
 
+/* Whether x holds every chosen row of so many; all of them where none is chosen. */
+static int has_rows(const Py_buffer *x, const Py_buffer *chosen, Py_ssize_t rows, Py_ssize_t width)
+{
+    Py_ssize_t given = chosen->obj ? x->len / (Py_ssize_t)sizeof(float) / width : rows;
+    if (!holds(x, given, width, sizeof(float)) || (chosen->obj && !holds(chosen, rows, 1, sizeof(int64_t))))
+        return 0;
+    for (Py_ssize_t row = 0; chosen->obj && row < rows; row++)
+        if (((int64_t *)chosen->buf)[row] < 0 || ((int64_t *)chosen->buf)[row] >= given)
+            return 0;
+    return 1;
+}
+
 static PyObject *quantise(PyObject *module, PyObject *arguments)
 {
-    enum { X, CODES, SCALE, NOISE, SQUARE, PEAK, ALL };
+    enum { X, CODES, SCALE, NOISE, SQUARE, PEAK, CHOSEN, ALL };
     Py_buffer at[ALL] = {{0}};
     Py_ssize_t width, rows, fault = -1;
     float factor;
     PyObject *answer = NULL;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*nfw*w*|w*w*w*", &at[X], &width, &factor, &at[CODES], &at[SCALE],
-                          &at[NOISE], &at[SQUARE], &at[PEAK]))
+    if (!PyArg_ParseTuple(arguments, "y*nfw*w*|w*w*w*y*", &at[X], &width, &factor, &at[CODES], &at[SCALE],
+                          &at[NOISE], &at[SQUARE], &at[PEAK], &at[CHOSEN]))
         return NULL;
     int measured = at[PEAK].obj != NULL;
     rows = width > 0 ? at[CODES].len / width : 0;
-    if (width <= 0 || !holds(&at[X], rows, width, sizeof(float)) || !holds(&at[CODES], rows, width, 1)
+    if (width <= 0 || !has_rows(&at[X], &at[CHOSEN], rows, width) || !holds(&at[CODES], rows, width, 1)
         || !holds(&at[SCALE], rows, n_blocks(width), sizeof(uint16_t)) || (at[NOISE].obj && !measured)
         || (measured && !(holds(&at[NOISE], rows, 1, sizeof(float)) && holds(&at[PEAK], rows, 1, sizeof(float))
                           && holds(&at[SQUARE], rows, 1, sizeof(double))))) {
         PyErr_SetString(PyExc_ValueError, DO_NOT_FIT);
     } else {
+        const int64_t *chosen = at[CHOSEN].obj ? at[CHOSEN].buf : NULL;
         Py_BEGIN_ALLOW_THREADS;
         if (measured)
-            fault = measure_rows(at[X].buf, rows, width, factor, at[CODES].buf, at[SCALE].buf, at[NOISE].buf,
+            fault = measure_rows(at[X].buf, chosen, rows, width, factor, at[CODES].buf, at[SCALE].buf, at[NOISE].buf,
                                  at[SQUARE].buf, at[PEAK].buf);
         else
-            fault = quantise_rows(at[X].buf, rows, width, factor, at[CODES].buf, at[SCALE].buf);
+            fault = quantise_rows(at[X].buf, chosen, rows, width, factor, at[CODES].buf, at[SCALE].buf);
         Py_END_ALLOW_THREADS;
         answer = PyLong_FromSsize_t(fault);
     }

@@ -47,15 +47,20 @@ class Quantisers:
     def __init__(self, threads: int) -> None:
         self._threads, self._pool = threads, ThreadPoolExecutor(threads, "clt-quantise")
 
-    def share(self, places: list[tuple[str, int]], size: int, store: Callable[[str, int], None]) -> None:
-        """`store` each place, of `size` values; wait for all, and raise what any of them raised."""
-        portions = min(self._threads * PORTIONS, -(-len(places) * size // SLAB))
-
-        def store_some(nth: int) -> None:
-            for site, index in places[nth::portions]:
-                store(site, index)
-
-        for _ in self._pool.map(store_some, range(portions)):
+    def share(self, n_layers: int, size: int, store: Callable[[str, slice], None]) -> None:
+        """`store` all layers of both sites, of `size` values each; wait, and raise what one of them raised."""
+        some = min(self._threads * PORTIONS, -(-len(layout.SITES) * n_layers * size // SLAB))
+        step = -(-n_layers // -(-some // len(layout.SITES)))
+        portions = [
+            (site, slice(first, min(first + step, n_layers)))
+            for site in layout.SITES
+            for first in range(0, n_layers, step)
+        ]
+        if some == 1:
+            for portion in portions:
+                store(*portion)
+            return
+        for _ in self._pool.map(lambda portion: store(*portion), portions):
             pass
 
     def shutdown(self) -> None:
@@ -108,7 +113,9 @@ class Window:
         for name, column in columns.items():
             self.columns[name][rows] = column
         size = (rows.stop - rows.start) * self.manifest.d_model
-        threads.share(self.places, size, lambda site, index: self._store(site, index, rows, values[site]))
+        threads.share(
+            self.manifest.n_layers, size, lambda site, some: self._store(site, some, rows, values[site])
+        )
         self.tokens = rows.stop
 
     def quantised(self, site: str, index: int, tokens: slice) -> Quantised:
@@ -123,16 +130,17 @@ class Window:
         """(layer, token): squared norms, as stored."""
         return self._measures[site].square[:, : self.tokens]
 
-    def _store(self, site: str, index: int, rows: slice, values: npt.NDArray[Any] | StoredVectors) -> None:
-        try:
-            if isinstance(values, StoredVectors):
-                self._keep(site, index, rows, values)
-                return
-            for part in slabs(len(values), self.manifest.d_model):
-                at = slice(rows.start + part.start, rows.start + part.stop)
-                self._store_slab(site, index, at, values[part, index])
-        except CacheError as fault:
-            raise CacheError(f"layer {self.manifest.layers[index]}, {site}: {fault}") from None
+    def _store(self, site: str, layers: slice, rows: slice, values: npt.NDArray[Any] | StoredVectors) -> None:
+        if isinstance(values, StoredVectors):
+            self._keep(site, layers, rows, values)
+            return
+        for index in range(layers.start, layers.stop):
+            try:
+                for part in slabs(len(values), self.manifest.d_model):
+                    at = slice(rows.start + part.start, rows.start + part.stop)
+                    self._store_slab(site, index, at, values[part, index])
+            except CacheError as fault:
+                raise self._at(site, index, fault) from None
 
     def _store_slab(self, site: str, index: int, at: slice, values: npt.NDArray[Any]) -> None:
         measures = self.measures(site, index, at)
@@ -142,13 +150,25 @@ class Window:
             true = from_bf16_bits(values) if values.dtype == np.uint16 else values
             quantise_into(self.quantised(site, index, at), true, self.manifest.step_divisor, measures)
 
-    def _keep(self, site: str, index: int, rows: slice, given: StoredVectors) -> None:
-        check_scale(given.scale[:, index])
-        codes, scale = self.quantised(site, index, rows)
-        measures = self.measures(site, index, rows)
-        codes[...], scale[...] = given.codes[:, index], given.scale[:, index]
-        measures.noise[...], measures.square[...] = given.noise[:, index], given.square[:, index]
-        measures.peak[...] = given.peak[:, index]
+    def _keep(self, site: str, layers: slice, rows: slice, given: StoredVectors) -> None:
+        """All layers at once: one alone is little work where samples are short."""
+        try:
+            check_scale(given.scale[:, layers])
+        except CacheError as fault:
+            sound = np.isfinite(given.scale[:, layers]).all(axis=(0, 2))
+            raise self._at(site, layers.start + int(np.argmin(sound)), fault) from None
+        noise, square, peak = self._measures[site]
+        for to, array in (
+            (self._codes[site], given.codes),
+            (self._scales[site], given.scale),
+            (noise, given.noise),
+            (square, given.square),
+            (peak, given.peak),
+        ):
+            to[layers, rows] = array[:, layers].swapaxes(0, 1)
+
+    def _at(self, site: str, index: int, fault: CacheError) -> CacheError:
+        return CacheError(f"layer {self.manifest.layers[index]}, {site}: {fault}")
 
 
 def memory(manifest: Manifest, threads: int) -> int:

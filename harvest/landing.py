@@ -115,7 +115,7 @@ class Landing:
         self._berth = self._next_berth()
         self._rooms: dict[str, dict[str, Tensor]] = {}
         flat = keep.flatten()
-        self._rows = None if flat.all() else flat.nonzero()[:, 0]
+        self._rows = None if flat.all() else flat.nonzero()[:, 0].contiguous()
         self._rows_on: dict[torch.device, Tensor] = {}
 
     def put(self, site: str, index: int, values: Tensor) -> None:
@@ -181,12 +181,15 @@ class Landing:
             torch.index_select(flat, 0, self._rows, out=room[index])
 
     def _quantise_once(self, site: str, index: int, flat: Tensor, divisor: float) -> None:
-        """Into their place, few rows at a time: no new memory is taken, and what is read lies in a cache."""
+        """Into their place: no new memory is taken, and what is read lies in a cache still."""
         tokens, width = len(flat) if self._rows is None else len(self._rows), flat.shape[1]
         shapes = form_of(tokens, width)
         rooms = {name: self._room(site, name, torch.Size(s), dtype) for name, (s, dtype) in shapes.items()}
         place = DeviceVectors(**{name: room[index] for name, room in rooms.items()})
-        for part in slabs(tokens, width):
+        if flat.dtype == torch.float32:
+            quantise_on_host(flat, divisor, place, self._rows)
+            return
+        for part in slabs(tokens, width):  # as float32, few rows at a time
             rows = flat[part] if self._rows is None else flat.index_select(0, self._rows[part])
             quantise_on_host(rows, divisor, place.rows(part))
 

@@ -73,14 +73,19 @@ def quantise_on_device(values: Tensor, divisor: float) -> DeviceVectors:
     return DeviceVectors(codes, scale, noise.float(), square, largest)
 
 
-def quantise_on_host(values: Tensor, divisor: float, out: DeviceVectors) -> None:
-    """As `quantise_on_device`, by the codec itself, into contiguous `out`; values: (token, d_model)."""
+def quantise_on_host(values: Tensor, divisor: float, out: DeviceVectors, rows: Tensor | None = None) -> None:
+    """As `quantise_on_device`, by the codec itself, into contiguous `out`; values: (row, d_model).
+
+    rows (token,): which of them are the tokens; None: all.
+    """
     codes, scale, *measures = (tensor.numpy() for tensor in out)
+    place, told = Quantised(codes, scale), Measures(*measures)
     try:
-        quantise_into(Quantised(codes, scale), values.float().numpy(), divisor, Measures(*measures))
+        quantise_into(place, values.float().numpy(), divisor, told, None if rows is None else rows.numpy())
     except CacheError:  # the codec stops at the vector that cannot be stored; here its scale tells of it
-        for place, made in zip(out, quantise_on_device(values, divisor), strict=True):
-            place.copy_(made)
+        chosen = values if rows is None else values.index_select(0, rows)
+        for to, made in zip(out, quantise_on_device(chosen, divisor), strict=True):
+            to.copy_(made)
 
 
 def pairwise_sum(values: Tensor) -> Tensor:

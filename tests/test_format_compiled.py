@@ -68,6 +68,29 @@ def draw(width: int, tokens: int = 60) -> npt.NDArray[np.float32]:
     return values.clip(-EDGE, EDGE)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_chosen_rows_are_what_they_are_alone(width: int, compiled: bool) -> None:
+    """In any order, some twice."""
+    values, rows = draw(width), np.array([7, 3, 3, 59, 0])
+
+    def work() -> tuple[Quantised, Measures]:
+        alone = made, told = measured(values[rows], 8.0)
+        for array in (*made, *told):
+            array[:] = 0
+        quantise_into(made, values, 8.0, told, rows)
+        return alone
+
+    (made, told), (expected, expected_told) = (
+        (work() if compiled else by_numpy(work)),
+        measured(values[rows], 8.0),
+    )
+    for ours, theirs in zip((*made, told.peak), (*expected, expected_told.peak), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(told.square, expected_told.square, rtol=1e-13)
+    np.testing.assert_allclose(told.noise, expected_told.noise, rtol=1e-5)
+
+
 @pytest.mark.parametrize("divisor", [8.0, 16.0, 0.3, 3.0])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_vectors_of_every_size(width: int, divisor: float) -> None:
@@ -157,6 +180,7 @@ BITS, CHUNK, STEPS = np.zeros((3, 80), "u2"), np.empty((64, 80), "i1"), np.empty
 ORDER, GROUP, SUMS = np.arange(3), np.zeros(3, "i8"), np.zeros((8, 80))
 CALLS = {
     "_quantise.quantise": (X, 80, 0.1, CODES, SCALE, *TOLD),
+    "_quantise.quantise of rows": (X, 80, 0.1, CODES, SCALE, *TOLD, np.array([2, 0, 2])),
     "_quantise.round_to_bf16": (X, 80, BITS, *TOLD[1:]),
     "_gather.gather_codes": (CODES, SCALE, 80, ORDER, GROUP, CHUNK, STEPS, SUMS),
     "_gather.gather_planes": (BITS, 80, ORDER, GROUP, CHUNK, CHUNK.copy(), SUMS),
@@ -166,7 +190,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_buffers_that_do_not_belong_together_are_refused(name: str) -> None:
     """Nothing is read or written behind an end, whichever argument is wrong."""
-    module, function = name.split(".")
+    module, function = name.split()[0].split(".")
     call, right = getattr(importlib.import_module(f"clt.cache_format.{module}"), function), CALLS[name]
     call(*right)
     for nth, argument in enumerate(right):
@@ -197,3 +221,10 @@ def test_rows_and_groups_out_of_range_are_refused(name: str, wrong: dict[str, li
         call(*(given_as.get(id(argument), argument) for argument in CALLS[name]))
     with pytest.raises(ValueError, match="do not belong together"):
         call(*(np.zeros(65, "i8") if argument is ORDER else argument for argument in CALLS[name]))
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 3], [0, -1, 2]])
+def test_chosen_rows_out_of_range_are_refused(rows: list[int]) -> None:
+    quantise_rows = importlib.import_module("clt.cache_format._quantise").quantise
+    with pytest.raises(ValueError, match="do not belong together"):
+        quantise_rows(X, 80, 0.1, CODES, SCALE, *TOLD, np.array(rows))
