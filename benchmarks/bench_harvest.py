@@ -1,25 +1,31 @@
-"""Harvest speed, as a ratio to the bare forward pass over the same batches, the two in turn in one run.
+"""Harvest speed, as a ratio to the bare forward pass over the same batches, in turn in one run.
 
-    python benchmarks/bench_harvest.py [--tokens 16384] [--repeats 3] [--cuda-layers 8]
+    python benchmarks/bench_harvest.py [--tokens 24576] [--repeats 3] [--cuda-layers 8]
 
 On a CPU: the demo's model and data (`make demo` makes them), in float32. Where a CUDA device is at hand, also
 random weights in the shape of LLaVA-1.5-7B's Llama (4096 wide, as many layers as asked) on random tokens, in
-bfloat16. The bare forward runs the model's body without hooks on batches that lie ready in memory. The
-harvest is all of `clt harvest` but loading: it reads, decodes, tokenises and packs, runs the model,
-quantises, encodes, writes and syncs, to its last window. Waiting is what the harvest's own thread waited for.
+bfloat16. The bare forward runs the model's body without hooks on batches that lie ready in memory, in a
+process of its own, as torch and transformers come. The harvest is all of `clt harvest` but loading: it
+reads, decodes, tokenises and packs, runs the model, quantises, encodes, writes and syncs, to its last window.
 
-Seconds are by the clock; "CPU" is the ratio of the processor's seconds, which other work on the machine
-changes less.
+A harvest on a CPU also has the C library keep freed memory (`clt/heap.py`), which makes the forward pass
+itself faster; "same heap" is the ratio to a bare forward that has this as well, in the harvest's process.
+
+Ratios are medians of the rounds'. Seconds are by the clock; "CPU" is the ratio of the processor's seconds,
+which other work on the machine changes less. Waiting is what the harvest's own thread waited for.
 """
 
 import argparse
 import json
 import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,19 +63,24 @@ class Case(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--repeats", type=int, default=3, help="best of so many, taken in turn")
+    parser.add_argument("--tokens", type=int, default=24_576)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, after one that warms up")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="of the CPU's case; CUDA's has 8192")
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--cuda-layers", type=int, default=8)
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--folder", type=Path, help="where caches are made; default: /tmp")
+    parser.add_argument("--serve", type=int, help="time the bare forward of this case for each line of input")
     asked = parser.parse_args()
-    print(f"| model | bare tok/s | harvest tok/s | ratio | CPU | {' | '.join(WAITS)} |")
-    print("|---" * (5 + len(WAITS)) + "|")
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        for case in cases(Path(folder), asked):
-            print(compare(case, Path(folder) / "cache", asked.repeats), flush=True)
+        if asked.serve is not None:
+            serve_bare(next(islice(cases(Path(folder), asked), asked.serve, None)))
+            return
+        print(f"| model | bare tok/s | harvest tok/s | ratio | CPU | same heap | {' | '.join(WAITS)} |")
+        print("|---" * (6 + len(WAITS)) + "|")
+        for number, case in enumerate(cases(Path(folder), asked)):
+            with bare_apart(number) as bare:
+                print(compare(case, bare, Path(folder) / "cache", asked.repeats), flush=True)
 
 
 def cases(folder: Path, asked: argparse.Namespace) -> Iterator[Case]:
@@ -118,28 +129,56 @@ def batches(samples: list[PreparedSample], config: HarvestConfig) -> Iterator[Ba
     for sample in [*samples, None]:
         if sample is not None:
             pool.append(sample)
-        if sample is None or sum(one.length for one in pool) >= POOL_BATCHES * config.batch_tokens:
+        if pool and (sample is None or sum(one.length for one in pool) >= POOL_BATCHES * config.batch_tokens):
             yield from (collate(part) for part in pack(pool, config.batch_tokens, config.shuffle_seed))
             pool = []
 
 
-def compare(case: Case, cache: Path, repeats: int) -> str:
+def serve_bare(case: Case) -> None:
+    for _ in sys.stdin:
+        print(*timed(lambda: run_bare(case)), flush=True)
+
+
+@contextmanager
+def bare_apart(number: int) -> Iterator[Callable[[], Timed]]:
+    """Another process, which times the bare forward of that case when asked."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--serve", str(number)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin
+        assert process.stdout
+
+        def ask() -> Timed:
+            print(file=process.stdin, flush=True)
+            return Timed(*map(float, process.stdout.readline().split()))
+
+        yield ask
+        process.stdin.close()
+
+
+def compare(case: Case, bare_apart: Callable[[], Timed], cache: Path, repeats: int) -> str:
     """One line of the table."""
     tokens = sum(int(batch.keep.sum()) for batch in case.batches)
-    bare, whole, reports = [], [], []
-    for _ in range(repeats + 1):  # the first time warms up
-        bare.append(timed(lambda: run_bare(case)))
+    apart, whole, same, reports = [], [], [], []
+    for _ in range(repeats + 1):
+        apart.append(bare_apart())
         shutil.rmtree(cache, ignore_errors=True)
         whole.append(timed(lambda: reports.append(run_harvest(case, cache))))
+        same.append(timed(lambda: run_bare(case)))
         assert sum(reports[-1].tokens.values()) == tokens, "not the same tokens"
-    (clock, processor), (clock_whole, processor_whole) = (
-        map(min, zip(*times[1:], strict=True)) for times in (bare, whole)
-    )
-    best = min(range(1, len(whole)), key=lambda nth: whole[nth].clock)
-    waited = [f"{reports[best].seconds[name] / whole[best].clock:.1%}" for name in WAITS]
-    cells = [case.name, f"{tokens / clock:.0f}", f"{tokens / clock_whole:.0f}", f"{clock / clock_whole:.3f}"]
-    cells += [f"{processor / processor_whole:.3f}", *waited]
-    return f"| {' | '.join(cells)} |"
+    apart, whole, same, reports = apart[1:], whole[1:], same[1:], reports[1:]
+    waited = [
+        median([r.seconds[name] / w.clock for r, w in zip(reports, whole, strict=True)]) for name in WAITS
+    ]
+    pairs, heaps = [*zip(apart, whole, strict=True)], [*zip(same, whole, strict=True)]
+    cells = [case.name, *(f"{tokens / median([one.clock for one in times]):.0f}" for times in (apart, whole))]
+    cells.append(f"{median([bare.clock / ours.clock for bare, ours in pairs]):.3f}")
+    cells.append(f"{median([bare.processor / ours.processor for bare, ours in pairs]):.3f}")
+    cells.append(f"{median([bare.clock / ours.clock for bare, ours in heaps]):.3f}")
+    return f"| {' | '.join([*cells, *(f'{share:.1%}' for share in waited)])} |"
+
+
+def median(numbers: Sequence[float]) -> float:
+    return statistics.median(numbers)
 
 
 def run_bare(case: Case) -> None:

@@ -53,6 +53,20 @@ class Fetched(NamedTuple):
     """For errors: the split; layer and site"""
     wanted: list[Wanted]
 
+    def ask(self) -> None:
+        """Have the system read what it seems not to have; to ask for all costs a twentieth of decoding it."""
+        if all(self._at_hand(wanted) for wanted in (self.wanted[0], self.wanted[-1])):
+            return
+        for shards, chunks in self.wanted:
+            with _naming(chunks.window, self.where):
+                for shard in shards:
+                    shard.will_need(chunks.slots)
+
+    def _at_hand(self, wanted: Wanted) -> bool:
+        """By one chunk of codes: pages come and go in large numbers."""
+        with _naming(wanted.chunks.window, self.where):
+            return wanted.shards[0].at_hand(wanted.chunks.slots[0])
+
     def decode(self, codes: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None = None) -> int:
         """Fill the chunks' places in `codes` (token, d_model) and, int8 only, `scale` (token, block).
 
@@ -99,9 +113,9 @@ class OpenShards:
         for chunks in wanted:
             with _naming(chunks.window, fetched.where):
                 shards = [self._open(name) for name in self._names(site, layer_index, chunks.window)]
-                for shard in shards if ask else ():
-                    shard.will_need(chunks.slots)
             fetched.wanted.append(Wanted(shards, chunks))
+        if ask:
+            fetched.ask()
         return fetched
 
     def forget(self) -> None:

@@ -4,6 +4,7 @@ Zarr's `sharding_indexed` layout: chunk bytes in token order, then for each chun
 (offset, size; both 2**64 - 1 for a chunk that was not written), then the crc32c of the index.
 """
 
+import errno
 import mmap
 import os
 import struct
@@ -66,8 +67,8 @@ class Shard:
     """An open shard: the index's checksum is looked at once, chunks are decoded where they lie.
 
     `io` is "mmap" (decode from the page cache without a copy) or "pread" (one read a chunk; for network
-    file systems, where page faults are slow). Thread-safe. Takes one file of those that a process may open,
-    and as memory the index, 16 bytes a chunk.
+    file systems, where page faults are slow). Thread-safe. Takes one file of those that a process may open
+    (with mmap two), and as memory the index, 16 bytes a chunk.
     """
 
     def __init__(self, path: str | Path, slots: int, io: str = "mmap") -> None:
@@ -76,7 +77,7 @@ class Shard:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             raise DamagedCacheError(f"{path} is missing; copy it again or harvest again") from None
-        close = weakref.finalize(self, os.close, descriptor)
+        weakref.finalize(self, os.close, descriptor)
         size = os.fstat(descriptor).st_size
         self._body = size - index_bytes(slots)
         if self._body < 0:
@@ -91,7 +92,6 @@ class Shard:
         if io == "mmap":
             self._map = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
             self._map.madvise(mmap.MADV_RANDOM)  # no reading around a fault: `will_need` says what comes
-            close()  # the map has its own
 
     def decode(self, slot: int, out: npt.NDArray[Any]) -> int:
         """Fill the contiguous array `out` with chunk `slot`; its stored bytes.
@@ -119,13 +119,24 @@ class Shard:
         return [bytes(together[start - first : start - first + size]) for start, size in places]
 
     def will_need(self, slots: Iterable[int]) -> None:
-        """Have the kernel fetch these chunks while others are decoded; costs little where it has them."""
+        """Have the kernel fetch these chunks while others are decoded."""
         for start, end in _joined(self._place(slot) for slot in slots):
             if self._map is None:
                 os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
             else:
                 page = start - start % mmap.PAGESIZE
                 self._map.madvise(mmap.MADV_WILLNEED, page, end - page)
+
+    def at_hand(self, slot: int) -> bool:
+        """Whether a read of this chunk would begin without waiting; False where that cannot be known."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            return os.preadv(self._descriptor, [bytearray(1)], self._place(slot)[0], os.RWF_NOWAIT) == 1
+        except OSError as fault:
+            if fault.errno in (errno.EAGAIN, errno.EOPNOTSUPP):  # not at hand; this file system does not say
+                return False
+            raise DamagedCacheError(f"{self.path}: cannot be read: {fault.strerror}") from fault
 
     def _place(self, slot: int) -> tuple[int, int]:
         """(offset, bytes) of a chunk, inside the file."""

@@ -48,7 +48,7 @@ class Quantisers:
         self._threads, self._pool = threads, ThreadPoolExecutor(threads, "clt-quantise")
 
     def share(self, n_layers: int, size: int, store: Callable[[str, slice], None]) -> None:
-        """`store` all layers of both sites, of `size` values each; wait, and raise what one of them raised."""
+        """`store` all layers of both sites, each of `size` values; wait, and raise what one of them did."""
         some = min(self._threads * PORTIONS, -(-len(layout.SITES) * n_layers * size // SLAB))
         step = -(-n_layers // -(-some // len(layout.SITES)))
         portions = [

@@ -16,6 +16,7 @@ from torch import nn
 from ..cache_format import CacheWriter, open_cache
 from ..cache_format.compiled import ADVICE, COMPILED
 from ..cache_format.layout import SPLITS, parse_layers
+from ..heap import keep_freed_memory
 from ..progress import Progress
 from ..remote.address import remote_address
 from ..remote.staging import folder_name
@@ -73,6 +74,8 @@ def harvest_rows(
     after_commit: Callable[[], None] = lambda: None,
 ) -> HarvestReport:
     """As `harvest`, of what is open and loaded, into a folder."""
+    if model.device.type == "cpu":
+        keep_freed_memory()  # a forward pass frees and asks for large tensors all the time
     hookpoints = find_hookpoints(model, config.mlp, config.input_site)
     layers = parse_layers(config.layers, tuple(range(model.n_layers)))
     manifest = describe(config, model, rows, hookpoints, layers)

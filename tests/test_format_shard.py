@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from clt.cache_format import CacheError, DamagedCacheError
 from clt.cache_format import shard as shard_module
 from clt.cache_format.codec import encode_chunk
+from clt.cache_format.open_shards import Fetched, InWindow, Wanted
 from clt.cache_format.shard import Shard, shard_parts
 
 IO = pytest.mark.parametrize("io", ["mmap", "pread"])
@@ -77,6 +78,61 @@ def test_chunks_that_lie_near_are_asked_for_at_once(
     shard, ends = Shard(put(DATA), 4, "pread"), np.cumsum([0, *(len(encode_chunk(c)) for c in CHUNKS)])
     shard.will_need([2, 0])
     assert calls == [(ends[first], ends[end] - ends[first]) for first, end in asked]
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs reads that do not wait")
+@IO
+def test_what_the_kernel_has_is_known(put: Callable[[bytes], Path], io: str) -> None:
+    """What was just written is at hand; once its pages are dropped it is not, until it is read again."""
+    path = put(DATA)
+    shard = Shard(path, 4, io)
+    assert shard.at_hand(0)
+    descriptor = os.open(path, os.O_RDWR)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    if io == "pread":  # mapped pages stay
+        before = shard.at_hand(0)
+        shard.copies([0])
+        assert (before, shard.at_hand(0)) in [(False, True), (True, True)]  # in memory's own file system
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("error", [errno.EAGAIN, errno.EOPNOTSUPP])
+def test_what_cannot_be_known_is_not_at_hand(
+    put: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    shard = Shard(put(DATA), 4)
+    monkeypatch.setattr(os, "preadv", failing(error))
+    assert not shard.at_hand(0)
+
+
+@IO
+def test_a_disk_that_fails_when_it_is_looked_at_is_damage(
+    put: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, io: str
+) -> None:
+    shard = Shard(put(DATA), 4, io)
+    monkeypatch.setattr(os, "preadv", failing(errno.EIO))
+    with pytest.raises(DamagedCacheError, match="cannot be read: Input/output error"):
+        shard.at_hand(0)
+
+
+def failing(error: int) -> Callable[..., int]:
+    def preadv(*_: object) -> int:
+        raise OSError(error, os.strerror(error))
+
+    return preadv
+
+
+@pytest.mark.parametrize("at_hand", [{0: True, 2: True}, {0: True, 2: False}, {0: False, 2: True}])
+def test_only_what_is_not_at_hand_is_asked_for(
+    put: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, at_hand: dict[int, bool]
+) -> None:
+    """By the first and the last window's codes."""
+    shards, asked = [Shard(put(DATA), 4) for _ in range(3)], []
+    monkeypatch.setattr(Shard, "at_hand", lambda shard, slot: at_hand[shards.index(shard)])
+    monkeypatch.setattr(Shard, "will_need", lambda shard, slots: asked.append((shards.index(shard), slots)))
+    Fetched(("", ""), [Wanted([shard], InWindow(0, [1, 2], [0, 1])) for shard in shards]).ask()
+    assert asked == ([] if all(at_hand.values()) else [(n, [1, 2]) for n in range(3)])
 
 
 def test_the_layout_is_zarrs() -> None:

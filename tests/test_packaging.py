@@ -70,6 +70,7 @@ def test_only_the_known_modules_lie_at_the_root() -> None:
     assert {path.name for path in ROOT.glob("*.py")} == {
         "cli.py",
         "devices.py",
+        "heap.py",
         "progress.py",
         "stopping.py",
         "stopwatch.py",

@@ -19,9 +19,10 @@ def opens(event, arguments):
     if event == "open" and str(arguments[0]).startswith(sys.argv[1]):
         opened[os.path.relpath(arguments[0], sys.argv[1])] += 1
 
-def preadv(descriptor, buffers, offset, preadv=os.preadv):
-    size = preadv(descriptor, buffers, offset)
-    read[os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), sys.argv[1])] += size
+def preadv(descriptor, buffers, offset, flags=0, preadv=os.preadv):
+    size = preadv(descriptor, buffers, offset, flags)
+    if not flags:  # otherwise it only looks what is at hand
+        read[os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), sys.argv[1])] += size
     return size
 
 from concurrent.futures import ThreadPoolExecutor
