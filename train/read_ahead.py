@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..cache_format.open_shards import Fetched, InWindow, shards_at_a_time
 
-FETCHERS = 4
+FETCHERS = 8
 """Threads that open shards and ask the kernel for chunks before they are decoded; they wait for the disk."""
 WINDOWS_AT_ONCE = 8
 """Windows of which one task has the shards open, codes and scales."""
