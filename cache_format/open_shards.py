@@ -53,14 +53,18 @@ class Fetched(NamedTuple):
     """For errors: the split; layer and site"""
     wanted: list[Wanted]
 
-    def ask(self) -> None:
-        """Have the system read what it seems not to have; to ask for all costs a twentieth of decoding it."""
+    def ask(self) -> bool:
+        """Have the system read what it seems not to have; to ask for all costs a twentieth of decoding it.
+
+        Whether it was asked.
+        """
         if all(self._at_hand(wanted) for wanted in (self.wanted[0], self.wanted[-1])):
-            return
+            return False
         for shards, chunks in self.wanted:
             with _naming(chunks.window, self.where):
                 for shard in shards:
                     shard.will_need(chunks.slots)
+        return True
 
     def _at_hand(self, wanted: Wanted) -> bool:
         """By one chunk of codes: pages come and go in large numbers."""
@@ -104,7 +108,7 @@ class OpenShards:
         self._kept: dict[str, Shard] = {}
 
     def fetch(self, site: str, layer_index: int, wanted: Iterable[InWindow], *, ask: bool = True) -> Fetched:
-        """Open the shards of these chunks; ask: have the system read what will be decoded.
+        """Open the shards of these chunks; ask: have the system read at once what will be decoded.
 
         Raises DamagedCacheError with file, window, layer and site.
         """

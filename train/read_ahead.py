@@ -9,6 +9,8 @@ from ..cache_format.open_shards import Fetched, InWindow, shards_at_a_time
 
 FETCHERS = 8
 """Threads that open shards and ask the kernel for chunks before they are decoded; they wait for the disk."""
+FEW = 2
+"""Of them where the kernel had all that the last buffer took: more would only take the decoders' turns."""
 WINDOWS_AT_ONCE = 8
 """Windows of which one task has the shards open, codes and scales."""
 
@@ -28,6 +30,7 @@ def read_ahead(
     fetch: Callable[[Portion], Fetched],
     decode: Callable[[Portion, Fetched], None],
     pool: Executor,
+    fetchers: int = FETCHERS,
 ) -> None:
     """Fetch each portion, then decode it in `pool`; where one fails, none runs on when this raises."""
 
@@ -35,16 +38,16 @@ def read_ahead(
         decode(portion, fetched.result())
 
     running: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(FETCHERS, "clt-fetch") as fetchers:
+    with ThreadPoolExecutor(fetchers, "clt-fetch") as fetching:
         try:
             for portion in portions:
                 if len(running) == portions_at_a_time():
                     running.popleft().result()
-                running.append(pool.submit(decode_fetched, portion, fetchers.submit(fetch, portion)))
+                running.append(pool.submit(decode_fetched, portion, fetching.submit(fetch, portion)))
             while running:
                 running.popleft().result()
         finally:
-            fetchers.shutdown(wait=False, cancel_futures=True)
+            fetching.shutdown(wait=False, cancel_futures=True)
             wait([future for future in running if not future.cancel()])
 
 

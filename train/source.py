@@ -28,7 +28,7 @@ from ..remote.staging import Stage, StagedFile
 from .caches import open_caches
 from .moments import group_shares, moments
 from .order import Ints
-from .read_ahead import WINDOWS_AT_ONCE, Portion, read_ahead
+from .read_ahead import FETCHERS, FEW, WINDOWS_AT_ONCE, Portion, read_ahead
 from .selection import Selection
 from .stored_rows import Rows
 
@@ -70,6 +70,8 @@ class Source:
         self.bytes_read = 0
         """Stored bytes that `fill` has decoded"""
         self._counting = Lock()
+        self._disk_waits = True
+        """Whether the last `fill` took something that the kernel did not have"""
         self._splits = [cache[split] for cache in self.caches]
         self._chunk_ends = np.cumsum([s.n_chunks for s in self._splits])
         if not sum(len(s) for s in self._splits):
@@ -198,9 +200,14 @@ class Source:
         if self.stage is not None:
             self._stage(chunks)
 
+        fetchers, self._disk_waits = FETCHERS if self._disk_waits else FEW, False
+
         def fetch(portion: Portion) -> Fetched:
             index = self._layer_indexes[self.own[portion.layer]]
-            return self._splits[portion.cache].fetch(portion.site, index, portion.chunks)
+            fetched = self._splits[portion.cache].fetch(portion.site, index, portion.chunks, ask=False)
+            if fetched.ask():
+                self._disk_waits = True
+            return fetched
 
         def decode(portion: Portion, fetched: Fetched) -> None:
             codes, scale = (part[portion.site] for part in rows)
@@ -209,7 +216,7 @@ class Source:
             with self._counting:
                 self.bytes_read += read
 
-        read_ahead(self._portions(chunks, tuple(rows.codes)), fetch, decode, pool)
+        read_ahead(self._portions(chunks, tuple(rows.codes)), fetch, decode, pool, fetchers)
 
     def _portions(self, chunks: Ints, sites: Sequence[str]) -> Iterator[Portion]:
         """The chunks of these sites and every layer, by cache and window."""
