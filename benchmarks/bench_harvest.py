@@ -4,12 +4,13 @@
 
 On a CPU: the demo's model and data (`make demo` makes them), in float32. Where a CUDA device is at hand, also
 random weights in the shape of LLaVA-1.5-7B's Llama (4096 wide, as many layers as asked) on random tokens, in
-bfloat16. The bare forward runs the model's body without hooks on batches that lie ready in memory, in a
-process of its own, as torch and transformers come. The harvest is all of `clt harvest` but loading: it
-reads, decodes, tokenises and packs, runs the model, quantises, encodes, writes and syncs, to its last window.
+bfloat16. The bare forward runs the model's body without hooks on batches that lie ready in memory, in the
+process and with the heap of the harvest. The harvest is all of `clt harvest` but loading: it reads, decodes,
+tokenises and packs, runs the model, quantises, encodes, writes and syncs, to its last window.
 
-A harvest on a CPU also has the C library keep freed memory (`clt/heap.py`), which makes the forward pass
-itself faster; "same heap" is the ratio to a bare forward that has this as well, in the harvest's process.
+On a CPU a harvest has the C library keep freed memory (`clt/heap.py`), which makes the forward pass itself
+faster. "Apart" is the ratio to a bare forward without that, in a process of its own, as torch and
+transformers come: what a user gains or loses, but not what the harvest adds to a forward pass.
 
 Ratios are medians of the rounds'. Seconds are by the clock; "CPU" is the ratio of the processor's seconds,
 which other work on the machine changes less. Waiting is what the harvest's own thread waited for.
@@ -18,15 +19,15 @@ which other work on the machine changes less. Waiting is what the harvest's own 
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -76,7 +77,7 @@ def main() -> None:
         if asked.serve is not None:
             serve_bare(next(islice(cases(Path(folder), asked), asked.serve, None)))
             return
-        print(f"| model | bare tok/s | harvest tok/s | ratio | CPU | same heap | {' | '.join(WAITS)} |")
+        print(f"| model | bare tok/s | harvest tok/s | ratio | CPU | apart | {' | '.join(WAITS)} |")
         print("|---" * (6 + len(WAITS)) + "|")
         for number, case in enumerate(cases(Path(folder), asked)):
             with bare_apart(number) as bare:
@@ -152,33 +153,29 @@ def bare_apart(number: int) -> Iterator[Callable[[], Timed]]:
             return Timed(*map(float, process.stdout.readline().split()))
 
         yield ask
-        process.stdin.close()
 
 
 def compare(case: Case, bare_apart: Callable[[], Timed], cache: Path, repeats: int) -> str:
     """One line of the table."""
     tokens = sum(int(batch.keep.sum()) for batch in case.batches)
-    apart, whole, same, reports = [], [], [], []
+    bare, whole, apart, reports = [], [], [], []
     for _ in range(repeats + 1):
         apart.append(bare_apart())
         shutil.rmtree(cache, ignore_errors=True)
         whole.append(timed(lambda: reports.append(run_harvest(case, cache))))
-        same.append(timed(lambda: run_bare(case)))
+        bare.append(timed(lambda: run_bare(case)))
         assert sum(reports[-1].tokens.values()) == tokens, "not the same tokens"
-    apart, whole, same, reports = apart[1:], whole[1:], same[1:], reports[1:]
+    bare, whole, apart, reports = bare[1:], whole[1:], apart[1:], reports[1:]
     waited = [
-        median([r.seconds[name] / w.clock for r, w in zip(reports, whole, strict=True)]) for name in WAITS
+        median(report.seconds[name] / ours.clock for report, ours in zip(reports, whole, strict=True))
+        for name in WAITS
     ]
-    pairs, heaps = [*zip(apart, whole, strict=True)], [*zip(same, whole, strict=True)]
-    cells = [case.name, *(f"{tokens / median([one.clock for one in times]):.0f}" for times in (apart, whole))]
-    cells.append(f"{median([bare.clock / ours.clock for bare, ours in pairs]):.3f}")
-    cells.append(f"{median([bare.processor / ours.processor for bare, ours in pairs]):.3f}")
-    cells.append(f"{median([bare.clock / ours.clock for bare, ours in heaps]):.3f}")
+    pairs = [*zip(bare, whole, strict=True)]
+    cells = [case.name, *(f"{tokens / median(one.clock for one in times):.0f}" for times in (bare, whole))]
+    cells.append(f"{median(one.clock / ours.clock for one, ours in pairs):.3f}")
+    cells.append(f"{median(one.processor / ours.processor for one, ours in pairs):.3f}")
+    cells.append(f"{median(one.clock / ours.clock for one, ours in zip(apart, whole, strict=True)):.3f}")
     return f"| {' | '.join([*cells, *(f'{share:.1%}' for share in waited)])} |"
-
-
-def median(numbers: Sequence[float]) -> float:
-    return statistics.median(numbers)
 
 
 def run_bare(case: Case) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..stopwatch import Stopwatch
 from . import layout
-from .codec import encode_chunk
+from .codec import Stored, encode_chunk
 from .files import write_parts
 from .journal import FileEntry
 from .sealed import SealedWindow
@@ -47,12 +47,12 @@ class Encoders:
         for path, array in stream.statistics(sealed.split, sealed.number):
             yield self._write(path, (encode_chunk(array),))
 
-    def _write(self, name: str, parts: Iterable[bytes | memoryview]) -> tuple[str, FileEntry]:
+    def _write(self, name: str, parts: Iterable[Stored]) -> tuple[str, FileEntry]:
         with self._watch.measure("disk"):
             written = write_parts(self._folder / name, self._encoded(parts), self._rank)
         return name, FileEntry(*written)
 
-    def _encoded(self, parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    def _encoded(self, parts: Iterable[Stored]) -> Iterator[Stored]:
         """The same; the time to make them is not the disk's."""
         took, began = 0.0, time.perf_counter()
         for part in parts:

@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 from google_crc32c import extend as add_to_crc32c
 
+from .codec import Stored
 from .errors import DamagedCacheError
 
 BUFFER = 1 << 18
 """Bytes that are gathered for a write: many parts are small."""
 
 
-def write_file(path: Path, data: bytes | memoryview, writer: int = 0) -> None:
+def write_file(path: Path, data: Stored, writer: int = 0) -> None:
     """Put `data` at `path` in one step; after a crash the path holds the old file, the new one, or none.
 
     Processes that may write one path at the same time need different `writer` numbers.
@@ -21,7 +22,7 @@ def write_file(path: Path, data: bytes | memoryview, writer: int = 0) -> None:
     write_parts(path, (data,), writer)
 
 
-def write_parts(path: Path, parts: Iterable[bytes | memoryview], writer: int = 0) -> tuple[int, str]:
+def write_parts(path: Path, parts: Iterable[Stored], writer: int = 0) -> tuple[int, str]:
     """As `write_file`, of parts that may be made while others are written, in memory that is used again.
 
     Returns bytes and checksum.
@@ -56,12 +57,12 @@ def sync_folders(folders: Iterable[Path]) -> None:
             os.close(descriptor)
 
 
-def checksum(data: bytes | memoryview) -> str:
+def checksum(data: Stored) -> str:
     """crc32c, in eight hex digits."""
     return f"{_add(0, data):08x}"
 
 
-def _add(check: int, part: bytes | memoryview) -> int:
+def _add(check: int, part: Stored) -> int:
     found: int = add_to_crc32c(check, part if isinstance(part, bytes) else np.frombuffer(part, np.uint8))
     return found
 

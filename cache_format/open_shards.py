@@ -25,6 +25,8 @@ KEPT = 4096
 """Shards that a process keeps open at most; maps are limited by the system (65,530 on Linux)."""
 SHARE_OF_FILES = 4
 """Kept shards take at most one in so many of the files that a process may open; those of one fill, too."""
+FILES_OF_ONE = 2
+"""Files that a kept shard takes: with mmap its own, and the map's."""
 
 _KEPT: WeakSet[Shard] = WeakSet()
 """Of all splits of the process; they go with their split."""
@@ -47,7 +49,7 @@ class Wanted(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """Chunks of one layer and site: their shards are open, and the system was asked for their bytes."""
+    """Chunks of one layer and site, whose shards are open."""
 
     where: tuple[str, str]
     """For errors: the split; layer and site"""
@@ -107,8 +109,8 @@ class OpenShards:
         self._folder, self._split, self._manifest, self._io = str(folder), split, manifest, io
         self._kept: dict[str, Shard] = {}
 
-    def fetch(self, site: str, layer_index: int, wanted: Iterable[InWindow], *, ask: bool = True) -> Fetched:
-        """Open the shards of these chunks; ask: have the system read at once what will be decoded.
+    def fetch(self, site: str, layer_index: int, wanted: Iterable[InWindow]) -> Fetched:
+        """Open the shards of these chunks.
 
         Raises DamagedCacheError with file, window, layer and site.
         """
@@ -118,8 +120,6 @@ class OpenShards:
             with _naming(chunks.window, fetched.where):
                 shards = [self._open(name) for name in self._names(site, layer_index, chunks.window)]
             fetched.wanted.append(Wanted(shards, chunks))
-        if ask:
-            fetched.ask()
         return fetched
 
     def forget(self) -> None:
@@ -136,7 +136,7 @@ class OpenShards:
     def _open(self, name: str) -> Shard:
         shard = self._kept.get(name)
         if shard is None:
-            keep = len(_KEPT) < shards_at_a_time()
+            keep = FILES_OF_ONE * len(_KEPT) < files_at_a_time()
             # to map a file for one chunk costs more than to copy the chunk
             io = self._io if keep else "pread"
             shard = Shard(f"{self._folder}/{name}", self._manifest.chunks_per_window, io)
@@ -146,8 +146,8 @@ class OpenShards:
         return shard
 
 
-def shards_at_a_time() -> int:
-    """How many a process may keep open, and how many more each of those who read may open for a while."""
+def files_at_a_time() -> int:
+    """Of shards that a process keeps open, and as many again of those that each reader opens for a while."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return KEPT if allowed == resource.RLIM_INFINITY else min(KEPT, allowed // SHARE_OF_FILES)
 

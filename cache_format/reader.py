@@ -155,9 +155,9 @@ class Split:
         """Close the shards that are kept open."""
         self._shards.forget()
 
-    def fetch(self, site: str, layer_index: int, wanted: Iterable[InWindow], *, ask: bool = True) -> Fetched:
-        """Open the shards of these chunks, and ask the system for their bytes; see `OpenShards`."""
-        return self._shards.fetch(site, layer_index, wanted, ask=ask)
+    def fetch(self, site: str, layer_index: int, wanted: Iterable[InWindow]) -> Fetched:
+        """Open the shards of these chunks; see `OpenShards`."""
+        return self._shards.fetch(site, layer_index, wanted)
 
     def by_window(self, chunks: npt.NDArray[np.int64], at: npt.NDArray[np.int64]) -> list[InWindow]:
         """The chunks of each window, windows ascending; `at`: where each chunk goes."""
@@ -245,7 +245,7 @@ class Split:
         return sums, count
 
     def _values(self, site: str, layer_index: int, window: int, slot: int) -> Floats:
-        chunk = self.fetch(site, layer_index, [InWindow(window, [slot], [0])], ask=False)
+        chunk = self.fetch(site, layer_index, [InWindow(window, [slot], [0])])
         if self.manifest.precision == "bf16":
             bits = np.empty((layout.CHUNK, self.manifest.d_model), np.uint16)
             chunk.decode(bits)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import layout
-from .codec import Parts, encode_chunk, encode_chunks
+from .codec import Parts, Stored, encode_chunk, encode_chunks
 from .gathered import Places, gather_bits, gather_codes
 from .permutation import permutation
 from .shard import shard_parts
@@ -21,7 +21,7 @@ SINK_RATIO = 50.0
 class EncodedFile(NamedTuple):
     path: str
     """relative to the cache"""
-    parts: Iterable[bytes | memoryview]
+    parts: Iterable[Stored]
     """Encoded while they are taken; a part's memory is used again for the next."""
 
 

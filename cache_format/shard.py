@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from google_crc32c import value as crc32c
 
-from .codec import Parts, decode_chunk
+from .codec import Parts, Stored, decode_chunk
 from .errors import DamagedCacheError
 
 _ABSENT = np.uint64(2**64 - 1)
@@ -30,7 +30,7 @@ NEAR = 1 << 16
 """Bytes between two chunks up to which one call for both costs less than two: scales are small."""
 
 
-def shard_parts(chunks: Iterable[Parts], slots: int) -> Iterator[bytes | memoryview]:
+def shard_parts(chunks: Iterable[Parts], slots: int) -> Iterator[Stored]:
     """A shard with `slots` places, of which the first are filled: each chunk as it comes, then the index."""
     index, end = np.full((slots, 2), _ABSENT, "<u8"), 0
     for slot, chunk in enumerate(chunks):

@@ -6,17 +6,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clt.cache_format import CacheError, DamagedCacheError, open_cache
+from clt.cache_format import CacheError, DamagedCacheError, open_cache, open_shards
 from clt.cache_format.codec import encode_chunk
 from clt.cache_format.layout import CHUNK, SITES
+from clt.cache_format.open_shards import InWindow
 
 ONE_CACHE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 IO = pytest.mark.parametrize("io", ["mmap", "pread"])
@@ -25,6 +28,21 @@ IO = pytest.mark.parametrize("io", ["mmap", "pread"])
 @pytest.fixture
 def tiny(make_cache: Callable[..., Any]) -> Any:
     return make_cache()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
+@IO
+def test_kept_shards_take_the_files_that_are_theirs(
+    tiny: Any, io: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a map are counted too; whoever looks at more shards leaves no more open."""
+    monkeypatch.setattr(open_shards, "files_at_a_time", lambda: 4)
+    monkeypatch.setattr(open_shards, "_KEPT", WeakSet())
+    split = open_cache(tiny.path, io=io)["train"]
+    before = len(os.listdir("/proc/self/fd"))
+    for site, layer in product(SITES, range(3)):
+        split.fetch(site, layer, [InWindow(split.entries[0].window, [0], [0])])
+    assert 0 < len(os.listdir("/proc/self/fd")) - before <= 4
 
 
 @ONE_CACHE

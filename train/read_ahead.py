@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import NamedTuple
 
-from ..cache_format.open_shards import Fetched, InWindow, shards_at_a_time
+from ..cache_format.open_shards import Fetched, InWindow, files_at_a_time
 
 FETCHERS = 8
 """Threads that open shards and ask the kernel for chunks before they are decoded; they wait for the disk."""
@@ -53,4 +53,4 @@ def read_ahead(
 
 def portions_at_a_time() -> int:
     """From when their shards are opened until they are decoded, so that not too many files are open."""
-    return max(1, shards_at_a_time() // (2 * WINDOWS_AT_ONCE))
+    return max(1, files_at_a_time() // (2 * WINDOWS_AT_ONCE))

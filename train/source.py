@@ -204,7 +204,7 @@ class Source:
 
         def fetch(portion: Portion) -> Fetched:
             index = self._layer_indexes[self.own[portion.layer]]
-            fetched = self._splits[portion.cache].fetch(portion.site, index, portion.chunks, ask=False)
+            fetched = self._splits[portion.cache].fetch(portion.site, index, portion.chunks)
             if fetched.ask():
                 self._disk_waits = True
             return fetched
