@@ -35,7 +35,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from clt.harvest.batches import POOL_BATCHES, Batch, collate, pack
+from clt.harvest.batches import Batch, collate, pack, wants_more
 from clt.harvest.config import HarvestConfig
 from clt.harvest.feed import Feed
 from clt.harvest.model import LoadedModel, load_model
@@ -130,7 +130,7 @@ def batches(samples: list[PreparedSample], config: HarvestConfig) -> Iterator[Ba
     for sample in [*samples, None]:
         if sample is not None:
             pool.append(sample)
-        if pool and (sample is None or sum(one.length for one in pool) >= POOL_BATCHES * config.batch_tokens):
+        if pool and (sample is None or not wants_more(pool, pool[0].number, config.batch_tokens)):
             yield from (collate(part) for part in pack(pool, config.batch_tokens, config.shuffle_seed))
             pool = []
 

@@ -22,6 +22,16 @@ class Batch(NamedTuple):
     """(sample, position): stored"""
 
 
+def wants_more(pool: Sequence[PreparedSample], place: int, batch_tokens: int) -> bool:
+    """Whether a pool should grow before it is packed; place: of its first sample in its rank's order.
+
+    The first pool is one batch, and later ones at most double what was read before, so that the model begins
+    while the feed does. It depends on nothing but the place: a resumed harvest makes the same pools.
+    """
+    tokens = sum(sample.length for sample in pool)
+    return tokens < batch_tokens or (tokens < POOL_BATCHES * batch_tokens and len(pool) < place)
+
+
 def pack(pool: Sequence[PreparedSample], batch_tokens: int, seed: int) -> Iterator[list[PreparedSample]]:
     """Cut a pool into batches of at most `batch_tokens` with padding (a longer sample is alone).
 

@@ -14,7 +14,7 @@ from ..cache_format.window import Values
 from ..progress import Progress
 from ..stopping import StopRequested
 from ..stopwatch import Stopwatch
-from .batches import POOL_BATCHES, pack
+from .batches import pack, wants_more
 from .config import HarvestConfig
 from .feed import Feed, Read
 from .forward import Forward, check_finite
@@ -62,7 +62,6 @@ class Harvest:
 def run_all(run: Harvest, reads: Iterator[Read]) -> None:
     """Take samples in order; whenever a split's pool is full, run it through the model."""
     writer, config = run.writer, run.config
-    limit = POOL_BATCHES * config.batch_tokens
     first = min(writer.cursor(split) for split in SPLITS) * config.world_size
     run.bad = sum(number < first for number in run.known_bad)
     while (read := _next(run, reads)) is not None:
@@ -71,7 +70,8 @@ def run_all(run: Harvest, reads: Iterator[Read]) -> None:
             break
         _take(run, read)
         for split in SPLITS:
-            if sum(sample.length for sample in run.pools[split]) >= limit:
+            pool = run.pools[split]
+            if pool and not wants_more(pool, _place(run, pool), config.batch_tokens):
                 _run_pool(run, split)
     for split in SPLITS:
         if run.pools[split]:
@@ -123,8 +123,9 @@ def _judge(run: Harvest) -> None:
 
 def _run_pool(run: Harvest, split: str) -> None:
     pool, run.pools[split] = run.pools[split], []
-    run.feed.keep_ahead(len(pool))  # the next pool, while this one goes through the model
-    cursor = pool[0].number // run.config.world_size
+    cursor = _place(run, pool)
+    # the next pool, which may be twice as large where pools still grow, while this one goes through the model
+    run.feed.keep_ahead(2 * len(pool) if len(pool) >= cursor else len(pool))
     for samples in pack(pool, run.config.batch_tokens, run.config.shuffle_seed):
         StopRequested.check()
         if split == "train" and run.full:
@@ -139,6 +140,11 @@ def _run_pool(run: Harvest, split: str) -> None:
             continue
         for part, landed in run.forward.compute(samples):
             run.outbox.put_batch(partial(_store, run, split, cursor, part, landed))
+
+
+def _place(run: Harvest, pool: list[PreparedSample]) -> int:
+    """Of its first sample in this rank's order."""
+    return pool[0].number // run.config.world_size
 
 
 def _store(run: Harvest, split: str, cursor: int, samples: list[PreparedSample], landed: Landed) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clt.cache_format import open_cache
-from clt.harvest.batches import POOL_BATCHES, cut, pack, padded_tokens
+from clt.harvest.batches import POOL_BATCHES, cut, pack, padded_tokens, wants_more
 from clt.harvest.config import HarvestConfig
 from clt.harvest.run import harvest
 from clt.harvest.taps import MlpTaps
@@ -39,7 +39,7 @@ def pooled(lengths: np.ndarray, batch_tokens: int) -> list[list[PreparedSample]]
     batches = []
     for number, length in enumerate(lengths.tolist()):
         pool.append(of_length(number, length))
-        if sum(sample.length for sample in pool) >= POOL_BATCHES * batch_tokens:
+        if not wants_more(pool, pool[0].number, batch_tokens):
             batches += list(pack(pool, batch_tokens, 0))
             pool = []
     return batches
@@ -53,6 +53,18 @@ def test_less_than_five_percent_is_padding(batch_tokens: int) -> None:
     assert len(batches) > 100
     assert 1 - wanted / computed < 0.05
     assert wanted / (len(batches) * batch_tokens) > 0.85  # and the batches are full
+
+
+def test_the_first_pool_is_one_batch_and_later_ones_grow() -> None:
+    pool: list[PreparedSample] = []
+    pools = []
+    for number in range(400):
+        pool.append(of_length(number, 100))
+        if not wants_more(pool, pool[0].number, 1000):
+            pools.append((pool[0].number, len(pool)))
+            pool = []
+    most = POOL_BATCHES * 10
+    assert pools == [(0, 10), (10, 10), (20, 20), (40, 40), (80, 80), (160, most), (280, most)]
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=60), st.integers(1, 500), st.integers(0, 3))
