@@ -58,7 +58,7 @@ class Feed:
             config.image_root or rows.folder, config.allow_outside, config.fetch_urls
         )
         self._local = threading.local()
-        self._local.model = model  # of the thread that makes the feed; the others copy it, which takes a while
+        self._local.model = model  # the maker's own; the other threads copy it, which takes a while
         self._threads = config.workers or default_threads()
         self._ahead = AHEAD * self._threads
 

@@ -34,7 +34,7 @@ class Harvest:
     feed: Feed
     forward: Forward
     writer: CacheWriter
-    """Written to by the outbox's thread only."""
+    """Written to by what the outbox does only."""
     outbox: Outbox
     progress: Progress
     watch: Stopwatch
@@ -139,7 +139,8 @@ def _run_pool(run: Harvest, split: str) -> None:
             run.outbox.put_note(partial(_skip, run.writer, split, cursor, stored))
             continue
         for part, landed in run.forward.compute(samples):
-            run.outbox.put_batch(partial(_store, run, split, cursor, part, landed))
+            with run.watch.measure("store"):
+                run.outbox.put_batch(partial(_store, run, split, cursor, part, landed))
 
 
 def _place(run: Harvest, pool: list[PreparedSample]) -> int:
@@ -148,11 +149,13 @@ def _place(run: Harvest, pool: list[PreparedSample]) -> int:
 
 
 def _store(run: Harvest, split: str, cursor: int, samples: list[PreparedSample], landed: Landed) -> None:
-    """In the outbox's thread: give the writer each sample's part."""
+    """Give the writer each sample's part."""
     try:
         _add_all(run, split, cursor, samples, landed.values())
     finally:
         landed.release()
+    if not run.outbox.beside:
+        run.writer.flush()
     _report(run)
 
 

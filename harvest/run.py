@@ -1,7 +1,8 @@
 """`clt harvest`: dataset and model in, cache out; stops cleanly, and goes on where it stopped.
 
 Three things happen at once: threads of the feed read and prepare samples, this thread runs the model, and the
-outbox's thread hands what came out to the writer, whose own threads quantise, encode and write.
+outbox's thread hands what came out to the writer, whose own threads quantise, encode and write. Where the
+model runs on the processor, it pauses while a window is encoded.
 """
 
 import sys
@@ -98,7 +99,7 @@ def harvest_rows(
             done = writer.committed("train")
             progress = stack.enter_context(Progress("harvest", total=wanted, unit="tok", done=done))
             taps = stack.enter_context(_tap(model, hookpoints, layers))
-            outbox = stack.enter_context(Outbox())
+            outbox = stack.enter_context(Outbox(beside=model.device.type != "cpu"))
             landing = Landing(len(layers), choose_form(manifest, model.device), model.device, watch)
             forward = Forward(model, taps, landing, config.batch_tokens, watch)
             feed = Feed(rows, model, config, {split: writer.cursor(split) for split in SPLITS})

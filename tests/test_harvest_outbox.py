@@ -22,6 +22,20 @@ def test_jobs_run_in_order() -> None:
     assert done == list(range(40))
 
 
+def test_at_once_means_in_the_callers_thread_and_faults_are_its_own() -> None:
+    done: list[object] = []
+    with Outbox(beside=False) as outbox:
+        outbox.put_batch(lambda: done.append(threading.current_thread()))
+        outbox.put_note(lambda: done.append(threading.current_thread()))
+        assert done == [threading.current_thread()] * 2
+        with pytest.raises(ValueError, match="the disk is gone"):
+            outbox.put_batch(fail)
+        with pytest.raises(ValueError, match="the disk is gone"):  # behind it too
+            outbox.put_note(partial(done.append, 1))
+        outbox.drain()
+    assert len(done) == 2
+
+
 def test_nothing_is_stored_behind_a_fault() -> None:
     """What waits behind a batch that could not be stored must not be: the cache would have a gap."""
     done: list[int] = []

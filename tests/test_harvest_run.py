@@ -15,9 +15,10 @@ import tiny
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from clt.cache_format import CacheError, open_cache, verify_cache
+from clt.cache_format import CacheError, CacheWriter, open_cache, verify_cache
 from clt.harvest.config import HarvestConfig
 from clt.harvest.run import harvest
+from clt.harvest.taps import MlpTaps
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +197,31 @@ def test_tokens_stops_exactly(folder: Path, tmp_path: Path) -> None:
     assert report.tokens["train"] == 100
     assert len(open_cache(tmp_path / "c")["train"]) == 100
     assert open_cache(tmp_path / "c").complete
+
+
+def test_on_a_processor_the_model_waits_until_a_full_window_is_committed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each forward pass begins with less than a window that is not committed: no thread encodes beside it."""
+    config, run, waiting = configure(folder, tmp_path / "cache", batch_tokens=64), MlpTaps.run, []
+
+    def watched(*arguments: Any) -> None:
+        split = open_cache(config.cache, check=False)["train"]
+        waiting.append((len(split), writer.added("train") - len(split)))
+        run(*arguments)
+
+    class Watched(CacheWriter):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            nonlocal writer
+            super().__init__(*arguments, **options)
+            writer = self
+
+    writer: CacheWriter = None  # type: ignore[assignment]  # the harvest makes it
+    monkeypatch.setattr("clt.harvest.run.CacheWriter", Watched)
+    monkeypatch.setattr(MlpTaps, "run", watched)
+    harvest(config)
+    assert max(committed for committed, _ in waiting) >= 2 * config.window
+    assert max(rest for _, rest in waiting) < config.window
 
 
 def test_split_is_by_sample(folder: Path, tmp_path: Path) -> None:
