@@ -84,8 +84,12 @@ def quantise_on_host(values: Tensor, divisor: float, out: DeviceVectors, rows: T
         quantise_into(place, values.float().numpy(), divisor, told, None if rows is None else rows.numpy())
     except CacheError:  # the codec stops at the vector that cannot be stored; here its scale tells of it
         chosen = values if rows is None else values.index_select(0, rows)
-        for to, made in zip(out, quantise_on_device(chosen, divisor), strict=True):
-            to.copy_(made)
+        if len(chosen) == 1:
+            for to, made in zip(out, quantise_on_device(chosen, divisor), strict=True):
+                to.copy_(made)
+            return
+        for row in range(len(chosen)):  # the others are stored as ever, to the last bit of their noise
+            quantise_on_host(chosen[row : row + 1], divisor, out.rows(slice(row, row + 1)))
 
 
 def pairwise_sum(values: Tensor) -> Tensor:

@@ -118,3 +118,15 @@ def test_a_device_is_asked_whether_it_agrees(monkeypatch: pytest.MonkeyPatch) ->
     assert agrees(torch.device("cpu"), 4096, 8.0)
     monkeypatch.setattr("clt.harvest.quantiser.GAUSSIAN", 1.2534)
     assert not agrees(torch.device("cpu"), 4096, 8.0)
+
+
+def test_a_vector_that_cannot_be_stored_changes_no_other() -> None:
+    """What lies beside it is stored to the last bit of its noise as without it."""
+    values = torch.randn(50, 576, generator=torch.Generator().manual_seed(0))
+    whole = by_the_codec(values, 8.0)
+    values[20, 3] = float("nan")
+    found = by_the_codec(values, 8.0)
+    others = [row for row in range(50) if row != 20]
+    assert not torch.isfinite(found.scale[20]).any()
+    for before, after in zip(whole, found, strict=True):
+        assert torch.equal(before[others], after[others])
