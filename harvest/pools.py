@@ -4,7 +4,7 @@ A pool is packed by length, so a batch's samples may come from anywhere in it; t
 with a window is where its pool began.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -139,8 +139,8 @@ def _run_pool(run: Harvest, split: str) -> None:
             run.outbox.put_note(partial(_skip, run.writer, split, cursor, stored))
             continue
         for part, landed in run.forward.compute(samples):
-            with run.watch.measure("store"):
-                run.outbox.put_batch(partial(_store, run, split, cursor, part, landed))
+            store = partial(_store, run, split, cursor, part, landed)
+            run.outbox.put_batch(store if run.outbox.beside else partial(_pause, run, store))
 
 
 def _place(run: Harvest, pool: list[PreparedSample]) -> int:
@@ -154,9 +154,14 @@ def _store(run: Harvest, split: str, cursor: int, samples: list[PreparedSample],
         _add_all(run, split, cursor, samples, landed.values())
     finally:
         landed.release()
-    if not run.outbox.beside:
-        run.writer.flush()
     _report(run)
+
+
+def _pause(run: Harvest, store: Callable[[], None]) -> None:
+    """Nothing else is done until what is full is committed."""
+    with run.watch.measure("store"):
+        store()
+        run.writer.flush()
 
 
 def _add_all(run: Harvest, split: str, cursor: int, samples: list[PreparedSample], values: Values) -> None:
