@@ -19,27 +19,48 @@ def write_file(path: Path, data: Stored, writer: int = 0) -> None:
 
     Processes that may write one path at the same time need different `writer` numbers.
     """
-    write_parts(path, (data,), writer)
+    FileBeside(path, (data,), writer).place()
 
 
-def write_parts(path: Path, parts: Iterable[Stored], writer: int = 0) -> tuple[int, str]:
-    """As `write_file`, of parts that may be made while others are written, in memory that is used again.
+class FileBeside:
+    """All bytes of a file, written beside its place, not durable yet; to be placed or discarded."""
 
-    Returns bytes and checksum.
-    """
-    partial, size, check = partial_path(path, writer), 0, 0
-    try:
-        with open(partial, "wb", BUFFER) as file:
-            for part in parts:
-                file.write(part)
-                size, check = size + len(part), _add(check, part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return size, f"{check:08x}"
+    def __init__(self, path: Path, parts: Iterable[Stored], writer: int = 0) -> None:
+        """parts: may be made while others are written, in memory that is used again."""
+        self._path, self._partial = path, partial_path(path, writer)
+        self.size, check = 0, 0
+        try:
+            with open(self._partial, "wb", BUFFER) as file:
+                for part in parts:
+                    file.write(part)
+                    self.size, check = self.size + len(part), _add(check, part)
+                file.flush()
+                self._descriptor = os.dup(file.fileno())  # open on: an error of a later write shows in fsync
+        except BaseException:
+            self._partial.unlink(missing_ok=True)
+            raise
+        self.crc32c = f"{check:08x}"
+
+    def place(self) -> None:
+        """Make it durable, and put it in its place; its folder is not synced."""
+        try:
+            os.fsync(self._descriptor)
+            os.replace(self._partial, self._path)
+        except BaseException:
+            self._partial.unlink(missing_ok=True)
+            raise
+        finally:
+            self._close()
+
+    def discard(self) -> None:
+        """Remove it, where it was not placed."""
+        if self._descriptor >= 0:
+            self._close()
+            self._partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        os.close(self._descriptor)
+        self._descriptor = -1
 
 
 def partial_path(path: Path, writer: int = 0) -> Path:

@@ -37,6 +37,9 @@ class LogSizes(NamedTuple):
     rejected: FileEntry
 
 
+NO_LOGS = LogSizes(*[FileEntry(0, checksum(b""))] * 2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class WindowEntry:
     split: str
@@ -76,7 +79,7 @@ class Journal:
     def logs(self) -> LogSizes:
         if self.final_logs is not None:
             return self.final_logs
-        return self.windows[-1].logs if self.windows else LogSizes(*[FileEntry(0, checksum(b""))] * 2)
+        return self.windows[-1].logs if self.windows else NO_LOGS
 
 
 def header_line(manifest_text: str) -> bytes:

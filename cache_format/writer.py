@@ -5,27 +5,30 @@
         writer.add(split, cursor, sample, columns, values)
     writer.finish()
 
-A full window is encoded and written by threads while the next one fills; its journal line, written after
-all its files are durable, is the commit. A killed process therefore loses at most the windows that were
+A full window is encoded, written and synced by threads while the next one fills; its journal line, written
+after all its files are durable, is the commit. A killed process therefore loses at most the windows that were
 being filled. Adding again from the cursor writes, byte for byte, what would have been written without it.
 
 Memory: `window.memory` states the bound, three windows and a few chunks a thread; FORMAT.md explains it.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..stopwatch import Stopwatch
 from . import layout
-from .encoders import Encoders
+from .encoders import Encoders, Written
 from .errors import CacheError
 from .files import checksum, sync_folders
 from .folder import Documents, claim_folder, lock, write_root
 from .journal import (
+    NO_LOGS,
     Journal,
     LogSizes,
     WindowEntry,
@@ -89,7 +92,8 @@ class CacheWriter:
         self._encoders = Encoders(folder, rank, threads, self.watch)
         self._quantisers = Quantisers(threads)
         self._committer = ThreadPoolExecutor(1, "clt-commit")
-        self._commits: list[Future[None]] = []
+        self._commits: list[tuple[Future[Written], Future[None]]] = []
+        """Of each, its encoding and its commit."""
         self._free: list[Window] = []
 
     def __enter__(self) -> "CacheWriter":
@@ -178,12 +182,16 @@ class CacheWriter:
     def flush(self) -> None:
         """Wait until every full window is committed."""
         self._check_sound()
-        try:
+        with self._failing():
             while self._commits:
-                self._commits.pop(0).result()
-        except BaseException:
-            self._failed = True  # what follows must not be committed behind a gap
-            raise
+                self._commits.pop(0)[1].result()
+
+    def wait_encoded(self) -> None:
+        """Wait until no full window has more to wait for than the disk, which leaves the processors free."""
+        self._check_sound()
+        with self._failing():
+            for encoding, _ in self._commits:
+                encoding.result()
 
     def finish(self) -> None:
         """Commit what is left as shorter windows, and mark this writer's part as complete."""
@@ -193,11 +201,8 @@ class CacheWriter:
             if self._streams[split].filling is not None:
                 self._seal(split)
         self.flush()
-        try:
+        with self._failing():
             append(self._journal_fd, final_line(self._commit_logs(*self._take_waiting())))
-        except BaseException:
-            self._failed = True
-            raise
         self.complete = True
         self._documents.refresh()
 
@@ -209,7 +214,7 @@ class CacheWriter:
                 if not self.complete:
                     self._rejected.show_waiting()
         finally:
-            self._committer.shutdown(cancel_futures=True)
+            self._committer.shutdown()
             self._encoders.shutdown()
             self._quantisers.shutdown()
             self._unlock()
@@ -218,6 +223,15 @@ class CacheWriter:
         descriptor, self._journal_fd = self._journal_fd, -1
         if descriptor >= 0:
             os.close(descriptor)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """What follows a failure must not be committed behind a gap."""
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            raise
 
     def _check_sound(self) -> None:
         if self._failed:
@@ -235,35 +249,39 @@ class CacheWriter:
         number = stream.windows * self.manifest.world_size + self.rank
         stream.windows += 1
         stream.sealed += window.tokens
-        position = (stream.cursor, stream.since_cursor)
-        job = self._committer.submit(self._commit, split, number, window, position, self._take_waiting())
-        self._commits.append(job)
-
-    def _take_waiting(self) -> tuple[bytes, bytes]:
-        return self._samples.take(), self._rejected.take()
-
-    def _commit(
-        self, split: str, number: int, window: Window, position: tuple[int, int], lines: tuple[bytes, bytes]
-    ) -> None:
-        stream = self._streams[split]
-        files = self._encoders.write(SealedWindow(window, split, number), stream)
-        folders = {(self.folder / name).parent for name in files}
-        with self.watch.measure("disk"):
-            sync_folders(sorted(folders))
-            logs = self._commit_logs(*lines)
         entry = WindowEntry(
             split=split,
             window=number,
             tokens=window.tokens,
-            files=files,
-            logs=logs,
-            cursor=position[0],
-            skip=position[1],
+            files={},
+            logs=NO_LOGS,
+            cursor=stream.cursor,
+            skip=stream.since_cursor,
         )
-        append(self._journal_fd, window_line(entry))
+        encoding = self._committer.submit(self._encode, entry, window)
+        commit = self._committer.submit(self._commit, entry, window, encoding, self._take_waiting())
+        self._commits.append((encoding, commit))
+
+    def _take_waiting(self) -> tuple[bytes, bytes]:
+        return self._samples.take(), self._rejected.take()
+
+    def _encode(self, entry: WindowEntry, window: Window) -> Written:
+        sealed = SealedWindow(window, entry.split, entry.window)
+        return self._encoders.write(sealed, self._streams[entry.split])
+
+    def _commit(
+        self, entry: WindowEntry, window: Window, encoding: Future[Written], lines: tuple[bytes, bytes]
+    ) -> None:
+        """entry: without its files and logs."""
+        files = self._encoders.place(encoding.result())
+        folders = {(self.folder / name).parent for name in files}
+        with self.watch.measure("disk"):
+            sync_folders(sorted(folders))
+            logs = self._commit_logs(*lines)
+        append(self._journal_fd, window_line(replace(entry, files=files, logs=logs)))
         self.bytes_written += sum(file.size for file in files.values())
         self.committed_here += window.tokens
-        stream.committed += window.tokens
+        self._streams[entry.split].committed += window.tokens
         self._documents.refresh()
         self._after_commit()
         self._free.append(window.clear())

@@ -158,10 +158,10 @@ def _store(run: Harvest, split: str, cursor: int, samples: list[PreparedSample],
 
 
 def _pause(run: Harvest, store: Callable[[], None]) -> None:
-    """Nothing else is done until what is full is committed."""
+    """Nothing else is done until what is full is encoded."""
     with run.watch.measure("store"):
         store()
-        run.writer.flush()
+        run.writer.wait_encoded()
 
 
 def _add_all(run: Harvest, split: str, cursor: int, samples: list[PreparedSample], values: Values) -> None:

@@ -45,7 +45,8 @@ class Disk:
         self.lock = threading.Lock()
         self.names: dict[int, str] = {}
         self.real = {
-            name: getattr(os, name) for name in ("open", "write", "fsync", "replace", "mkdir", "ftruncate")
+            name: getattr(os, name)
+            for name in ("open", "dup", "write", "fsync", "replace", "mkdir", "ftruncate")
         }
         self.real_open = builtins.open
 
@@ -63,6 +64,11 @@ class Disk:
         descriptor: int = self.real["open"](path, flags, *rest, **named)
         self.names[descriptor] = str(path)
         return descriptor
+
+    def dup(self, descriptor: int) -> int:
+        twin: int = self.real["dup"](descriptor)
+        self.names[twin] = self.names.get(descriptor, "")
+        return twin
 
     def write(self, descriptor: int, data: bytes) -> int:
         half = data[: len(data) // 2]

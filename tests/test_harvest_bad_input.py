@@ -13,8 +13,9 @@ import tiny
 import torch
 from PIL import Image
 
-import clt.cache_format.files
+import clt.cache_format.encoders
 from clt.cache_format import CacheError, CacheWriter, open_cache, verify_cache
+from clt.cache_format.files import FileBeside
 from clt.harvest.config import HarvestConfig
 from clt.harvest.disk import RESERVE
 from clt.harvest.landing import Landing
@@ -222,15 +223,15 @@ def test_full_disk_keeps_what_is_committed(
     """ENOSPC in the middle of a window: the error passes on, what is committed opens, a rerun completes."""
     tiny.write_dataset(tmp_path / "data")
     config = configure(model, tmp_path / "data" / "train.jsonl", tmp_path / "c", batch_tokens=70)
-    write, calls = clt.cache_format.encoders.write_parts, []
+    calls = []
 
-    def failing(path: Path, parts: Iterable[bytes], rank: int) -> tuple[int, str]:
+    def failing(path: Path, parts: Iterable[bytes], rank: int) -> FileBeside:
         calls.append(path)
         if len(calls) > 100:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return write(path, parts, rank)
+        return FileBeside(path, parts, rank)
 
-    monkeypatch.setattr(clt.cache_format.encoders, "write_parts", failing)
+    monkeypatch.setattr(clt.cache_format.encoders, "FileBeside", failing)
     with pytest.raises(OSError, match="No space left on device"):
         harvest(config)
     monkeypatch.undo()

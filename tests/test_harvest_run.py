@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import tiny
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from clt.cache_format import CacheError, CacheWriter, open_cache, verify_cache
+from clt.cache_format import CacheError, open_cache, verify_cache
+from clt.cache_format.encoders import Encoders
 from clt.harvest.config import HarvestConfig
 from clt.harvest.run import harvest
 from clt.harvest.taps import MlpTaps
@@ -199,29 +201,37 @@ def test_tokens_stops_exactly(folder: Path, tmp_path: Path) -> None:
     assert open_cache(tmp_path / "c").complete
 
 
-def test_on_a_processor_the_model_waits_until_a_full_window_is_committed(
+def test_on_a_processor_the_model_waits_for_encoding_and_not_for_the_disk(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each forward pass begins with less than a window that is not committed: no thread encodes beside it."""
-    config, run, waiting = configure(folder, tmp_path / "cache", batch_tokens=64), MlpTaps.run, []
+    """No forward pass begins while a window is encoded; windows are synced while later passes go on."""
+    run, write, place = MlpTaps.run, Encoders.write, Encoders.place
+    encoding, began_after_encoding, encoded = [], threading.Event(), 0
 
-    def watched(*arguments: Any) -> None:
-        split = open_cache(config.cache, check=False)["train"]
-        waiting.append((len(split), writer.added("train") - len(split)))
+    def watched_run(*arguments: Any) -> None:
+        assert not encoding
+        if encoded:
+            began_after_encoding.set()
         run(*arguments)
 
-    class Watched(CacheWriter):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            nonlocal writer
-            super().__init__(*arguments, **options)
-            writer = self
+    def watched_write(*arguments: Any) -> Any:
+        nonlocal encoded
+        encoding.append(True)
+        time.sleep(0.02)
+        written = write(*arguments)
+        encoded += 1
+        encoding.pop()
+        return written
 
-    writer: CacheWriter = None  # type: ignore[assignment]  # the harvest makes it
-    monkeypatch.setattr("clt.harvest.run.CacheWriter", Watched)
-    monkeypatch.setattr(MlpTaps, "run", watched)
-    harvest(config)
-    assert max(committed for committed, _ in waiting) >= 2 * config.window
-    assert max(rest for _, rest in waiting) < config.window
+    def watched_place(*arguments: Any) -> Any:
+        assert began_after_encoding.wait(60), "the model waits for the disk"
+        return place(*arguments)
+
+    monkeypatch.setattr(MlpTaps, "run", watched_run)
+    monkeypatch.setattr(Encoders, "write", watched_write)
+    monkeypatch.setattr(Encoders, "place", watched_place)
+    assert harvest(configure(folder, tmp_path / "cache", batch_tokens=64)).complete
+    assert encoded > 2
 
 
 def test_split_is_by_sample(folder: Path, tmp_path: Path) -> None:
