@@ -1,5 +1,5 @@
 /* What quantise.c and gather.c share. Sums run in an order that is written down, so that no bit depends on the
- * processor; vectors are of eight, which every compiler splits or joins as the processor has them. */
+ * processor; vectors are of 32 bytes: gcc keeps wider ones in memory where the processor has none. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <math.h>
@@ -19,7 +19,13 @@ enum { BLOCK = 64, WIDE = 8 };
 typedef float floats __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef int32_t integers __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
-typedef double doubles __attribute__((vector_size(8 * WIDE), aligned(8), may_alias));
+typedef float few_floats __attribute__((vector_size(2 * WIDE), aligned(4), may_alias));
+typedef double doubles __attribute__((vector_size(4 * WIDE), aligned(8), may_alias));
+
+/* WIDE running sums. */
+struct sums {
+    doubles low, high;
+};
 
 INLINE uint32_t bits_of(float value)
 {
@@ -41,10 +47,18 @@ INLINE float half_to_float(uint16_t half)
     return half < 0x400 ? (float)half * 0x1p-24f : float_of(((uint32_t)half << 13) + (112u << 23));
 }
 
-INLINE double total(const doubles *sum)
+INLINE struct sums as_doubles(floats values)
 {
-    return (((*sum)[0] + (*sum)[1]) + ((*sum)[2] + (*sum)[3]))
-           + (((*sum)[4] + (*sum)[5]) + ((*sum)[6] + (*sum)[7]));
+    float part[WIDE];
+    *(floats *)part = values;
+    return (struct sums){__builtin_convertvector(*(few_floats *)part, doubles),
+                         __builtin_convertvector(*(few_floats *)(part + WIDE / 2), doubles)};
+}
+
+INLINE double total(struct sums sum)
+{
+    return ((sum.low[0] + sum.low[1]) + (sum.low[2] + sum.low[3]))
+           + ((sum.high[0] + sum.high[1]) + (sum.high[2] + sum.high[3]));
 }
 
 /* Whether a buffer is what its name in the .pyi says: so many rows of so many numbers of so many bytes. */

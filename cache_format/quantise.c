@@ -6,7 +6,6 @@ enum { SUMMED_AT_ONCE = 128 };
 
 static const float LARGEST_STEP = 65504.0f;
 static const float TO_INTEGER = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, ties to even */
-static const int32_t INTEGER_ZERO = 0x4B400000; /* its bits */
 
 /* Sum of |x| as numpy adds up to SUMMED_AT_ONCE numbers: in eight running sums. */
 WIDEST static float sum_few(const float *x, size_t n)
@@ -38,14 +37,23 @@ INLINE uint16_t round_up_to_half(float step)
     return (uint16_t)((bits_of(step) - (112u << 23) + 0x1FFF) >> 13);
 }
 
-INLINE float inverse_of(float step)
+/* A block's step as it is stored, its value, and one over it. */
+struct step {
+    uint16_t half;
+    float size, inverse;
+};
+
+INLINE struct step step_from(float least)
 {
-    return step > 0 ? 1.0f / step : 0.0f;
+    struct step step = {round_up_to_half(least), 0, 0};
+    step.size = half_to_float(step.half);
+    step.inverse = step.size > 0 ? 1.0f / step.size : 0.0f;
+    return step;
 }
 
-/* What the statistics ask of a row; a sum is kept in eight parts. */
+/* What the statistics ask of a row. */
 struct told {
-    doubles noise, square;
+    struct sums noise, square;
     float peak;
 };
 
@@ -59,58 +67,73 @@ INLINE float largest_of(const float *x)
     return float_of(largest);
 }
 
-/* BLOCK values in units of `step`; told: NULL where nobody asks. */
-INLINE void encode_block(const float *restrict x, float step, int8_t *restrict codes, struct told *told)
+/* BLOCK values in units of `step`. */
+INLINE void encode_block(const float *restrict x, struct step step, int8_t *restrict codes)
 {
-    float inverse = inverse_of(step);
-    floats lost = {0};
-    integers square = {0};
     for (int i = 0; i < BLOCK; i++)
-        codes[i] = (int8_t)bits_of(x[i] * inverse + TO_INTEGER);
-    if (!told)
-        return;
-    for (int i = 0; i < BLOCK; i += WIDE) {
-        floats exact = *(const floats *)(x + i) * inverse, shifted = exact + TO_INTEGER;
-        floats off = shifted - TO_INTEGER - exact;
-        integers code = (integers)shifted - INTEGER_ZERO;
-        lost += off * off;
-        square += code * code;
-    }
-    double area = (double)step * step;
-    told->noise += __builtin_convertvector(lost, doubles) * area;
-    told->square += __builtin_convertvector(square, doubles) * area;
+        codes[i] = (int8_t)bits_of(x[i] * step.inverse + TO_INTEGER);
 }
 
-/* Steps first, then codes: one block's divisions do not wait for the other's. Whether the row could be stored. */
+/* And what is told of them, but for the peak; sums of a few codes' squares are exact. */
+INLINE void measure_block(const float *restrict x, struct step step, struct told *told)
+{
+    floats lost = {0}, square = {0};
+    for (int i = 0; i < BLOCK; i += WIDE) {
+        floats exact = *(const floats *)(x + i) * step.inverse;
+        floats rounded = exact + TO_INTEGER - TO_INTEGER, off = rounded - exact;
+        lost += off * off;
+        square += rounded * rounded;
+    }
+    double area = (double)step.size * step.size;
+    struct sums more_noise = as_doubles(lost), more_square = as_doubles(square);
+    told->noise.low += more_noise.low * area;
+    told->noise.high += more_noise.high * area;
+    told->square.low += more_square.low * area;
+    told->square.high += more_square.high * area;
+}
+
+/* `common`: the row's step, made from `wanted`. Most blocks have it, and are spared two divisions. Answers with the
+ * block's step. */
+INLINE uint16_t quantise_block(const float *restrict x, float wanted, struct step common, int8_t *restrict codes,
+                               struct told *told)
+{
+    float peak = largest_of(x);
+    struct step step = common;
+    if (!(peak < 126.0f * wanted)) {
+        float least = peak / 127.0f;
+        step = step_from(least < wanted ? wanted : least);
+    }
+    encode_block(x, step, codes);
+    if (told) {
+        float most = (peak * step.inverse + TO_INTEGER - TO_INTEGER) * step.size;
+        told->peak = most > told->peak ? most : told->peak;
+        measure_block(x, step, told);
+    }
+    return step.half;
+}
+
+/* told: NULL where nobody asks. Whether the row could be stored. */
 INLINE int quantise_row(const float *restrict x, size_t width, float factor, int8_t *restrict codes,
                         uint16_t *restrict scale, struct told *told)
 {
     float wanted = sum_sizes(x, width) / (float)width * factor;
-    float padded[BLOCK] = {0}; /* zeros behind a narrow last block change nothing */
-    int8_t padded_codes[BLOCK];
+    wanted = wanted < LARGEST_STEP ? wanted : LARGEST_STEP;
+    struct step common = step_from(wanted);
     size_t whole = width / BLOCK, rest = width % BLOCK;
     uint16_t largest = 0;
-    wanted = wanted < LARGEST_STEP ? wanted : LARGEST_STEP;
-    memcpy(padded, x + whole * BLOCK, rest * sizeof *x);
-    for (size_t block = 0; block < whole + (rest > 0); block++) {
-        float peak = largest_of(block < whole ? x + block * BLOCK : padded), step = peak / 127.0f;
-        scale[block] = round_up_to_half(step < wanted ? wanted : step);
+    for (size_t block = 0; block < whole; block++) {
+        scale[block] = quantise_block(x + block * BLOCK, wanted, common, codes + block * BLOCK, told);
         largest = scale[block] > largest ? scale[block] : largest;
-        if (told) {
-            float stored = half_to_float(scale[block]);
-            float most = (peak * inverse_of(stored) + TO_INTEGER - TO_INTEGER) * stored;
-            told->peak = most > told->peak ? most : told->peak;
-        }
     }
-    if (largest >= 0x7C00)
-        return 0;
-    for (size_t block = 0; block < whole; block++)
-        encode_block(x + block * BLOCK, half_to_float(scale[block]), codes + block * BLOCK, told);
     if (rest) {
-        encode_block(padded, half_to_float(scale[whole]), padded_codes, told);
+        float padded[BLOCK] = {0}; /* zeros behind a narrow last block change nothing */
+        int8_t padded_codes[BLOCK];
+        memcpy(padded, x + whole * BLOCK, rest * sizeof *x);
+        scale[whole] = quantise_block(padded, wanted, common, padded_codes, told);
         memcpy(codes + whole * BLOCK, padded_codes, rest);
+        largest = scale[whole] > largest ? scale[whole] : largest;
     }
-    return 1;
+    return largest < 0x7C00;
 }
 
 /* The first row that cannot be stored, or -1; chosen: which rows of x, NULL for all in turn. */
@@ -129,12 +152,12 @@ WIDEST static Py_ssize_t measure_rows(const float *x, const int64_t *chosen, Py_
                                       float *peak)
 {
     for (Py_ssize_t row = 0; row < rows; row++) {
-        struct told told = {{0}, {0}, 0};
+        struct told told = {0};
         if (!quantise_row(x + (chosen ? chosen[row] : row) * width, width, factor, codes + row * width,
                           scale + row * n_blocks(width), &told))
             return row;
-        noise[row] = (float)total(&told.noise);
-        square[row] = total(&told.square);
+        noise[row] = (float)total(told.noise);
+        square[row] = total(told.square);
         peak[row] = told.peak;
     }
     return -1;
@@ -150,20 +173,21 @@ WIDEST static void round_values(const uint32_t *restrict x, Py_ssize_t n, uint16
     }
 }
 
-INLINE void square_block(const uint16_t *restrict bits, doubles *sum)
+INLINE void square_block(const uint16_t *restrict bits, struct sums *sum)
 {
     for (int i = 0; i < BLOCK; i += WIDE) {
         halves narrow = *(const halves *)(bits + i);
         integers wide = __builtin_convertvector(narrow, integers) << 16;
-        doubles value = __builtin_convertvector((floats)wide, doubles);
-        sum[i / WIDE % 2] += value * value;
+        struct sums value = as_doubles((floats)wide), *to = &sum[i / WIDE % 2];
+        to->low += value.low * value.low;
+        to->high += value.high * value.high;
     }
 }
 
 /* Squared norm and largest size of a bf16 row, in numbers where no channel swallows the digits of the others. */
 WIDEST static void measure_bits(const uint16_t *restrict bits, Py_ssize_t width, double *square, float *peak)
 {
-    doubles sum[2] = {{0}, {0}};
+    struct sums sum[2] = {0};
     uint16_t padded[BLOCK] = {0}, largest = 0;
     Py_ssize_t whole = width - width % BLOCK;
     for (Py_ssize_t i = 0; i < width; i++) {
@@ -174,8 +198,9 @@ WIDEST static void measure_bits(const uint16_t *restrict bits, Py_ssize_t width,
         square_block(bits + at, sum);
     memcpy(padded, bits + whole, (width - whole) * sizeof *bits);
     square_block(padded, sum);
-    sum[0] += sum[1];
-    *square = total(sum);
+    sum[0].low += sum[1].low;
+    sum[0].high += sum[1].high;
+    *square = total(sum[0]);
     *peak = float_of((uint32_t)largest << 16);
 }
 
