@@ -2,25 +2,20 @@
  * and again, a tile of some thousand rows, lies in the second-level cache. */
 #include "codes_threads.h"
 
-enum { TILE = 64, LANES = 16, VECTORS = TILE / LANES, ROWS_AT_ONCE = 2048, ROW_COST = 8 };
+enum { TILE = 64, LANES = 8, LINE = 16, VECTORS = TILE / LANES, ROWS_AT_ONCE = 2048, ROW_COST = 8 };
 
+/* 32 bytes: gcc keeps wider ones in memory where the processor has none. LINE: floats that are fetched together. */
 typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float half_vector __attribute__((vector_size(2 * LANES), aligned(4), may_alias));
-typedef float quarter_vector __attribute__((vector_size(LANES), aligned(4), may_alias));
 typedef union {
     vector whole;
     half_vector half[2];
 } halves;
-typedef union {
-    half_vector whole;
-    quarter_vector half[2];
-} quarters;
 
 INLINE float sum_lanes(vector values)
 {
     halves eight = {values};
-    quarters four = {eight.half[0] + eight.half[1]};
-    quarter_vector sum = four.half[0] + four.half[1];
+    half_vector sum = eight.half[0] + eight.half[1];
     return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
@@ -166,19 +161,19 @@ WIDEST static void both_gradients(const struct differentiating *all, const float
             else {
                 const float *row = all->weight + here;
                 if (latent + 1 < end && all->weight_grad)
-                    for (size_t ahead = all->width; ahead < all->width + filled; ahead += LANES) {
+                    for (size_t ahead = all->width; ahead < all->width + filled; ahead += LINE) {
                         __builtin_prefetch(row + ahead);
                         __builtin_prefetch(written + ahead, 1);
                     }
                 memcpy(own, tile_of(row, filled, padded), sizeof own);
                 for (; code < last; code++) {
                     const vector *read = (const vector *)(tile + (size_t)columns[code] * TILE);
-                    vector product = {0};
+                    vector product[2] = {{0}, {0}};
                     for (int v = 0; v < VECTORS; v++) {
                         sum[v] += values[code] * read[v];
-                        product += own[v] * read[v];
+                        product[v % 2] += own[v] * read[v];
                     }
-                    products[code] += sum_lanes(product);
+                    products[code] += sum_lanes(product[0] + product[1]);
                 }
             }
             memcpy(written, sum, filled * sizeof *written);
