@@ -156,7 +156,7 @@ def blocks_and_centring(
     def step(blocks: Array) -> Array:
         return typical(blocks) / np.float32(divisor)
 
-    for block in (16, 32, None):
+    for block in (16, 64, None):
         name = f"blocks of {block}" if block else "one block a vector"
         yield Candidate(f"int8 /{divisor}, {name}, zstd-1", stepwise(step, block), by_block, *coder)
 

@@ -31,20 +31,33 @@ INLINE void add_codes(const int8_t *restrict codes, float step, int n, double *r
         sums[i] += (double)((float)codes[i] * step);
 }
 
-WIDEST static void add_rows(const int8_t *codes, const uint16_t *scale, Py_ssize_t width,
-                            const int64_t *order, Py_ssize_t tokens, const int64_t *group, double *sums)
+INLINE void add_rows(const int8_t *codes, const uint16_t *scale, Py_ssize_t width, int block, const int64_t *order,
+                     Py_ssize_t tokens, const int64_t *group, double *sums)
 {
     for (Py_ssize_t start = 0; start < width; start += TILE)
         for (Py_ssize_t token = 0; token < tokens; token++) {
             double *sum = sums + group[order[token]] * width;
             const int8_t *row = codes + token * width;
-            const uint16_t *steps = scale + token * n_blocks(width);
+            const uint16_t *steps = scale + token * n_blocks(width, block);
             Py_ssize_t at = start, end = start + TILE < width ? start + TILE : width;
-            for (; at + BLOCK <= end; at += BLOCK)
-                add_codes(row + at, half_to_float(steps[at / BLOCK]), BLOCK, sum + at);
+            for (; at + block <= end; at += block)
+                add_codes(row + at, half_to_float(steps[at / block]), block, sum + at);
             if (at < end)
-                add_codes(row + at, half_to_float(steps[at / BLOCK]), (int)(end - at), sum + at);
+                add_codes(row + at, half_to_float(steps[at / block]), (int)(end - at), sum + at);
         }
+}
+
+/* Each with a block that the compiler knows. */
+WIDEST static void add_narrow(const int8_t *codes, const uint16_t *scale, Py_ssize_t width, const int64_t *order,
+                              Py_ssize_t tokens, const int64_t *group, double *sums)
+{
+    add_rows(codes, scale, width, NARROW_BLOCK, order, tokens, group, sums);
+}
+
+WIDEST static void add_wide(const int8_t *codes, const uint16_t *scale, Py_ssize_t width, const int64_t *order,
+                            Py_ssize_t tokens, const int64_t *group, double *sums)
+{
+    add_rows(codes, scale, width, WIDE_BLOCK, order, tokens, group, sums);
 }
 
 WIDEST static void split_row(const uint16_t *restrict bits, Py_ssize_t width, uint8_t *restrict low,
@@ -86,8 +99,10 @@ static PyObject *gather_codes(PyObject *module, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "y*y*ny*y*w*w*w*", &at[CODES], &at[SCALE], &width, &at[ORDER], &at[GROUP],
                           &at[CHUNK_CODES], &at[CHUNK_SCALE], &at[SUMS]))
         return NULL;
-    Py_ssize_t rows = at[GROUP].len / 8, scales = 2 * n_blocks(width), tokens = at[ORDER].len / 8;
-    int fit = width > 0 && holds(&at[CODES], rows, width, 1) && holds(&at[SCALE], rows, scales, 1)
+    Py_ssize_t rows = at[GROUP].len / 8, tokens = at[ORDER].len / 8;
+    int block = width > 0 ? block_of(&at[SCALE], rows, width) : 0;
+    Py_ssize_t scales = block ? 2 * n_blocks(width, block) : 0;
+    int fit = block && holds(&at[CODES], rows, width, 1)
               && holds(&at[GROUP], rows, 1, 8) && holds(&at[ORDER], tokens, 1, 8)
               && holds(&at[CHUNK_CODES], rows_of(&at[ORDER]), width, 1)
               && holds(&at[CHUNK_SCALE], rows_of(&at[ORDER]), scales, 1)
@@ -101,7 +116,8 @@ static PyObject *gather_codes(PyObject *module, PyObject *arguments)
             char *steps = (char *)at[CHUNK_SCALE].buf + start * scales;
             gather(at[CODES].buf, width, order, here, codes);
             gather(at[SCALE].buf, scales, order, here, steps);
-            add_rows((int8_t *)codes, (uint16_t *)steps, width, order, here, at[GROUP].buf, at[SUMS].buf);
+            (block == NARROW_BLOCK ? add_narrow : add_wide)((int8_t *)codes, (uint16_t *)steps, width, order, here,
+                                                            at[GROUP].buf, at[SUMS].buf);
         }
         Py_END_ALLOW_THREADS;
     }

@@ -1,9 +1,9 @@
 """float32 vectors as int8 codes and float16 steps, and back.
 
 One step a token, 1.2533 * mean |value| / divisor: rms / divisor for a Gaussian, but a few massive
-channels do not coarsen the rest. A block of 64 channels whose largest value does not fit into 127 such
-steps gets a step of its own, absmax / 127, so that nothing is ever clipped. (One step for all channels costs
-fewer bits at equal noise than a step that follows each block.)
+channels do not coarsen the rest. A block of 32 channels (in older caches 64) whose largest value does not
+fit into 127 such steps gets a step of its own, absmax / 127, so that nothing is ever clipped. (One step for
+all channels costs fewer bits at equal noise than a step that follows each block.)
 
 quantise.c does the work; `_by_numpy` says what it is, and does it where nothing could be compiled.
 """
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from .compiled import COMPILED
 from .errors import CacheError
-from .layout import BLOCK, n_blocks
+from .layout import BLOCK, block_of, n_blocks
 
 if COMPILED:
     from . import _quantise
@@ -62,13 +62,14 @@ class Measures(NamedTuple):
         return Measures(self.noise[tokens], self.square[tokens], self.peak[tokens])
 
 
-def quantise(values: Floats, divisor: float) -> Quantised:
+def quantise(values: Floats, divisor: float, block: int = BLOCK) -> Quantised:
     """int8 codes and float16 steps of `values` (token, d_model); |code * step - value| <= step / 2.
 
     Raises CacheError where a value is not finite, or so large that its step overflows float16.
     """
     tokens, width = values.shape
-    made = Quantised(np.empty((tokens, width), np.int8), np.empty((tokens, n_blocks(width)), np.float16))
+    scale = np.empty((tokens, n_blocks(width, block)), np.float16)
+    made = Quantised(np.empty((tokens, width), np.int8), scale)
     quantise_into(made, values, divisor)
     return made
 
@@ -80,8 +81,9 @@ def quantise_into(
     measures: Measures | None = None,
     rows: npt.NDArray[np.int64] | None = None,
 ) -> None:
-    """As `quantise`, into contiguous arrays; fills `measures`, equal to numpy's but for last digits.
+    """As `quantise`, into contiguous arrays, whose shapes tell the block.
 
+    measures: filled, equal to numpy's but for last digits.
     rows: which of `values` the tokens are, in order; with `measures` only.
     """
     assert rows is None or measures
@@ -99,8 +101,8 @@ def quantise_into(
 
 
 def _by_numpy(place: Quantised, values: Floats, divisor: float, measures: Measures | None) -> None:
-    (tokens, width), blocks = values.shape, n_blocks(values.shape[1])
-    padded = np.zeros((tokens, blocks, BLOCK), np.float32)
+    (tokens, width), blocks = values.shape, place.scale.shape[1]
+    padded = np.zeros((tokens, blocks, block_of(width, blocks)), np.float32)
     padded.reshape(tokens, -1)[:, :width] = values
     size = np.abs(padded)
     peak = size.max(axis=2)
@@ -137,8 +139,9 @@ def dequantise(codes: Int8s, scale: Scales) -> Floats:
 def _multiply_blocks(values: Floats, per_block: Floats) -> None:
     """In place: values (token, d_model) times the factor of their block."""
     tokens, width = values.shape
-    whole = width // BLOCK
-    cut, shape = whole * BLOCK, (tokens, whole, BLOCK)
+    block = block_of(width, per_block.shape[1])
+    whole = width // block
+    cut, shape = whole * block, (tokens, whole, block)
     values[:, :cut].reshape(shape)[...] *= per_block[:, :whole, None]
     if cut < width:
         values[:, cut:] *= per_block[:, whole:]

@@ -14,7 +14,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { BLOCK = 64, WIDE = 8 };
+enum { NARROW_BLOCK = 32, WIDE_BLOCK = 64, WIDE = 8 };
 
 typedef float floats __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef int32_t integers __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
@@ -68,9 +68,17 @@ INLINE int holds(const Py_buffer *buffer, Py_ssize_t rows, Py_ssize_t width, Py_
                                    : width <= PY_SSIZE_T_MAX / item / rows && buffer->len == rows * width * item;
 }
 
-INLINE Py_ssize_t n_blocks(Py_ssize_t width)
+INLINE Py_ssize_t n_blocks(Py_ssize_t width, Py_ssize_t block)
 {
-    return (width + BLOCK - 1) / BLOCK;
+    return (width + block - 1) / block;
+}
+
+/* The block of rows (row, width) whose float16 scales are these; 0 where none fits. */
+INLINE int block_of(const Py_buffer *scale, Py_ssize_t rows, Py_ssize_t width)
+{
+    if (holds(scale, rows, n_blocks(width, NARROW_BLOCK), 2))
+        return NARROW_BLOCK;
+    return holds(scale, rows, n_blocks(width, WIDE_BLOCK), 2) ? WIDE_BLOCK : 0;
 }
 
 INLINE void release(Py_buffer *buffers, int number)

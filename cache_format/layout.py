@@ -13,8 +13,10 @@ from .errors import CacheError
 FORMAT_VERSION: Final = 1
 CHUNK: Final = 64
 """Tokens decoded at a time."""
-BLOCK: Final = 64
-"""Channels that share one scale."""
+BLOCKS: Final = (32, 64)
+"""Channels that may share one scale; a cache has one of the two, and its manifest says which."""
+BLOCK: Final = 32
+"""In new caches. Half as many neighbours of a massive channel take its coarse step as with 64."""
 
 SITES: Final = ("mlp_in", "mlp_out")
 SPLITS: Final = ("train", "val")
@@ -94,14 +96,19 @@ def n_chunks(tokens: int) -> int:
     return -(-tokens // CHUNK)
 
 
-def n_blocks(d_model: int) -> int:
-    """Scales of one vector; the last block may be narrower than BLOCK."""
-    return -(-d_model // BLOCK)
+def n_blocks(d_model: int, block: int = BLOCK) -> int:
+    """Scales of one vector; the last block may be narrower than the others."""
+    return -(-d_model // block)
 
 
-def vector_bytes(d_model: int, int8: bool) -> int:
+def block_of(d_model: int, scales: int) -> int:
+    """Channels of a block where a vector has so many scales (of a narrow vector's one block: any will do)."""
+    return next(block for block in BLOCKS if n_blocks(d_model, block) == scales)
+
+
+def vector_bytes(d_model: int, int8: bool, block: int = BLOCK) -> int:
     """Of one token's values at one site and layer, before entropy coding."""
-    return d_model + 2 * n_blocks(d_model) if int8 else 2 * d_model
+    return d_model + 2 * n_blocks(d_model, block) if int8 else 2 * d_model
 
 
 def parse_layers(text: str | None, held: tuple[int, ...]) -> tuple[int, ...]:

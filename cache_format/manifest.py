@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import CacheError
-from .layout import BLOCK, CHUNK, FORMAT_VERSION, n_blocks, vector_bytes
+from .layout import BLOCK, BLOCKS, CHUNK, FORMAT_VERSION, n_blocks, vector_bytes
 
 Scalar = str | int | float | bool | None
 
@@ -44,6 +44,8 @@ class Manifest:
     source: dict[str, Scalar]
     """Model, dataset, token selection and versions: names and hashes, compared on resume."""
     format_version: int = FORMAT_VERSION
+    block: int = BLOCK
+    """Channels that share one scale; 32 or 64. bf16 has no scales, and the same number."""
 
     def __post_init__(self) -> None:
         for name, parse in _PARSERS.items():
@@ -69,7 +71,7 @@ class Manifest:
     @property
     def n_blocks(self) -> int:
         """Scales of one vector."""
-        return n_blocks(self.d_model)
+        return n_blocks(self.d_model, self.block)
 
     @property
     def chunks_per_window(self) -> int:
@@ -78,7 +80,7 @@ class Manifest:
     @property
     def bytes_per_token(self) -> int:
         """Stored bytes of one token before entropy coding: both sites, all layers, codes and scales."""
-        return 2 * self.n_layers * vector_bytes(self.d_model, self.precision == "int8")
+        return 2 * self.n_layers * vector_bytes(self.d_model, self.precision == "int8", self.block)
 
     @property
     def bf16_bytes_per_token(self) -> int:
@@ -93,7 +95,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         exact = {"layers": list(self.layers), "step_divisor": float(self.step_divisor)}
-        return {**asdict(self), **exact, "block": BLOCK, "chunk": CHUNK}
+        return {**asdict(self), **exact, "chunk": CHUNK}
 
     def canonical(self) -> str:
         """One text for one content; its checksum stands in the journal."""
@@ -118,10 +120,9 @@ def parse_manifest(data: object) -> Manifest:
             f"this clt reads cache format {FORMAT_VERSION}, the cache has {_short(version)}; "
             "read it with the clt that wrote it, or harvest again"
         )
-    for name, fixed in (("block", BLOCK), ("chunk", CHUNK)):
-        if data.get(name) != fixed:
-            raise CacheError(f"{name}: format {FORMAT_VERSION} has {fixed}, found {_short(data.get(name))}")
-    unknown = data.keys() - {f.name for f in fields(Manifest)} - {"block", "chunk"}
+    if data.get("chunk") != CHUNK:
+        raise CacheError(f"chunk: format {FORMAT_VERSION} has {CHUNK}, found {_short(data.get('chunk'))}")
+    unknown = data.keys() - {f.name for f in fields(Manifest)} - {"chunk"}
     if unknown:
         raise CacheError(f"manifest: expected no other fields, found {_short(sorted(unknown))}")
     return Manifest(**{name: parse(data.get(name), name) for name, parse in _PARSERS.items()})
@@ -162,6 +163,12 @@ def _parse_divisor(data: object, name: str) -> float:
     return float(data)
 
 
+def _parse_block(data: object, name: str) -> int:
+    if isinstance(data, bool) or not isinstance(data, int) or data not in BLOCKS:
+        raise CacheError(f"{name}: expected one of {BLOCKS}, found {_short(data)}")
+    return data
+
+
 def _short(data: object) -> str:
     text = repr(data)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -176,4 +183,5 @@ _PARSERS: dict[str, Callable[[object, str], Any]] = {
     "seed": lambda data, name: parse_int(data, name, 0, 2**63 - 1),
     "world_size": lambda data, name: parse_int(data, name, 1, MAX_WORLD_SIZE),
     "source": _parse_source,
+    "block": _parse_block,
 }

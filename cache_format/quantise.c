@@ -2,7 +2,7 @@
  * each vector; a row at a time, while it lies in the first-level cache. */
 #include "kernels.h"
 
-enum { SUMMED_AT_ONCE = 128 };
+enum { SUMMED_AT_ONCE = 128, SQUARED_AT_ONCE = 64 };
 
 static const float LARGEST_STEP = 65504.0f;
 static const float TO_INTEGER = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, ties to even */
@@ -57,28 +57,28 @@ struct told {
     float peak;
 };
 
-INLINE float largest_of(const float *x)
+INLINE float largest_of(const float *x, int block)
 {
     uint32_t largest = 0; /* bits of non-negative floats are ordered as the floats are, NaN last */
-    for (int i = 0; i < BLOCK; i++) {
+    for (int i = 0; i < block; i++) {
         uint32_t size = bits_of(x[i]) & 0x7FFFFFFF;
         largest = size > largest ? size : largest;
     }
     return float_of(largest);
 }
 
-/* BLOCK values in units of `step`. */
-INLINE void encode_block(const float *restrict x, struct step step, int8_t *restrict codes)
+/* Values in units of `step`. */
+INLINE void encode_block(const float *restrict x, int block, struct step step, int8_t *restrict codes)
 {
-    for (int i = 0; i < BLOCK; i++)
+    for (int i = 0; i < block; i++)
         codes[i] = (int8_t)bits_of(x[i] * step.inverse + TO_INTEGER);
 }
 
 /* And what is told of them, but for the peak; sums of a few codes' squares are exact. */
-INLINE void measure_block(const float *restrict x, struct step step, struct told *told)
+INLINE void measure_block(const float *restrict x, int block, struct step step, struct told *told)
 {
     floats lost = {0}, square = {0};
-    for (int i = 0; i < BLOCK; i += WIDE) {
+    for (int i = 0; i < block; i += WIDE) {
         floats exact = *(const floats *)(x + i) * step.inverse;
         floats rounded = exact + TO_INTEGER - TO_INTEGER, off = rounded - exact;
         lost += off * off;
@@ -94,73 +94,96 @@ INLINE void measure_block(const float *restrict x, struct step step, struct told
 
 /* `common`: the row's step, made from `wanted`. Most blocks have it, and are spared two divisions. Answers with the
  * block's step. */
-INLINE uint16_t quantise_block(const float *restrict x, float wanted, struct step common, int8_t *restrict codes,
-                               struct told *told)
+INLINE uint16_t quantise_block(const float *restrict x, int block, float wanted, struct step common,
+                               int8_t *restrict codes, struct told *told)
 {
-    float peak = largest_of(x);
+    float peak = largest_of(x, block);
     struct step step = common;
     if (!(peak < 126.0f * wanted)) {
         float least = peak / 127.0f;
         step = step_from(least < wanted ? wanted : least);
     }
-    encode_block(x, step, codes);
+    encode_block(x, block, step, codes);
     if (told) {
         float most = (peak * step.inverse + TO_INTEGER - TO_INTEGER) * step.size;
         told->peak = most > told->peak ? most : told->peak;
-        measure_block(x, step, told);
+        measure_block(x, block, step, told);
     }
     return step.half;
 }
 
 /* told: NULL where nobody asks. Whether the row could be stored. */
-INLINE int quantise_row(const float *restrict x, size_t width, float factor, int8_t *restrict codes,
+INLINE int quantise_row(const float *restrict x, size_t width, int block, float factor, int8_t *restrict codes,
                         uint16_t *restrict scale, struct told *told)
 {
     float wanted = sum_sizes(x, width) / (float)width * factor;
     wanted = wanted < LARGEST_STEP ? wanted : LARGEST_STEP;
     struct step common = step_from(wanted);
-    size_t whole = width / BLOCK, rest = width % BLOCK;
+    size_t whole = width / block, rest = width % block;
     uint16_t largest = 0;
-    for (size_t block = 0; block < whole; block++) {
-        scale[block] = quantise_block(x + block * BLOCK, wanted, common, codes + block * BLOCK, told);
-        largest = scale[block] > largest ? scale[block] : largest;
+    for (size_t nth = 0; nth < whole; nth++) {
+        scale[nth] = quantise_block(x + nth * block, block, wanted, common, codes + nth * block, told);
+        largest = scale[nth] > largest ? scale[nth] : largest;
     }
     if (rest) {
-        float padded[BLOCK] = {0}; /* zeros behind a narrow last block change nothing */
-        int8_t padded_codes[BLOCK];
-        memcpy(padded, x + whole * BLOCK, rest * sizeof *x);
-        scale[whole] = quantise_block(padded, wanted, common, padded_codes, told);
-        memcpy(codes + whole * BLOCK, padded_codes, rest);
+        float padded[WIDE_BLOCK] = {0}; /* zeros behind a narrow last block change nothing */
+        int8_t padded_codes[WIDE_BLOCK];
+        memcpy(padded, x + whole * block, rest * sizeof *x);
+        scale[whole] = quantise_block(padded, block, wanted, common, padded_codes, told);
+        memcpy(codes + whole * block, padded_codes, rest);
         largest = scale[whole] > largest ? scale[whole] : largest;
     }
     return largest < 0x7C00;
 }
 
-/* The first row that cannot be stored, or -1; chosen: which rows of x, NULL for all in turn. */
-WIDEST static Py_ssize_t quantise_rows(const float *x, const int64_t *chosen, Py_ssize_t rows, Py_ssize_t width,
-                                       float factor, int8_t *codes, uint16_t *scale)
+struct rows {
+    const float *x;
+    const int64_t *chosen; /* which rows of x; NULL: all in turn */
+    Py_ssize_t number, width;
+    int8_t *codes;
+    uint16_t *scale;
+    float *noise; /* NULL where nobody asks */
+    double *square;
+    float *peak;
+};
+
+/* The first row that cannot be stored, or -1. */
+INLINE Py_ssize_t quantise_rows(const struct rows *all, int block, float factor, int measured)
 {
-    for (Py_ssize_t row = 0; row < rows; row++)
-        if (!quantise_row(x + (chosen ? chosen[row] : row) * width, width, factor, codes + row * width,
-                          scale + row * n_blocks(width), NULL))
+    for (Py_ssize_t row = 0; row < all->number; row++) {
+        const float *x = all->x + (all->chosen ? all->chosen[row] : row) * all->width;
+        uint16_t *scale = all->scale + row * n_blocks(all->width, block);
+        struct told told = {0};
+        if (!quantise_row(x, all->width, block, factor, all->codes + row * all->width, scale, measured ? &told : NULL))
             return row;
+        if (measured) {
+            all->noise[row] = (float)total(told.noise);
+            all->square[row] = total(told.square);
+            all->peak[row] = told.peak;
+        }
+    }
     return -1;
 }
 
-WIDEST static Py_ssize_t measure_rows(const float *x, const int64_t *chosen, Py_ssize_t rows, Py_ssize_t width,
-                                      float factor, int8_t *codes, uint16_t *scale, float *noise, double *square,
-                                      float *peak)
+/* Each with a block that the compiler knows. */
+WIDEST static Py_ssize_t quantise_narrow(const struct rows *all, float factor)
 {
-    for (Py_ssize_t row = 0; row < rows; row++) {
-        struct told told = {0};
-        if (!quantise_row(x + (chosen ? chosen[row] : row) * width, width, factor, codes + row * width,
-                          scale + row * n_blocks(width), &told))
-            return row;
-        noise[row] = (float)total(told.noise);
-        square[row] = total(told.square);
-        peak[row] = told.peak;
-    }
-    return -1;
+    return quantise_rows(all, NARROW_BLOCK, factor, 0);
+}
+
+WIDEST static Py_ssize_t quantise_wide(const struct rows *all, float factor)
+{
+    return quantise_rows(all, WIDE_BLOCK, factor, 0);
+}
+
+WIDEST static Py_ssize_t measure_narrow(const struct rows *all, float factor)
+{
+    return quantise_rows(all, NARROW_BLOCK, factor, 1);
+}
+
+WIDEST static Py_ssize_t measure_wide(const struct rows *all, float factor)
+{
+    return quantise_rows(all, WIDE_BLOCK, factor, 1);
 }
 
 /* Nearest, ties to even; a NaN keeps its upper payload, or gets one. */
@@ -175,7 +198,7 @@ WIDEST static void round_values(const uint32_t *restrict x, Py_ssize_t n, uint16
 
 INLINE void square_block(const uint16_t *restrict bits, struct sums *sum)
 {
-    for (int i = 0; i < BLOCK; i += WIDE) {
+    for (int i = 0; i < SQUARED_AT_ONCE; i += WIDE) {
         halves narrow = *(const halves *)(bits + i);
         integers wide = __builtin_convertvector(narrow, integers) << 16;
         struct sums value = as_doubles((floats)wide), *to = &sum[i / WIDE % 2];
@@ -188,13 +211,13 @@ INLINE void square_block(const uint16_t *restrict bits, struct sums *sum)
 WIDEST static void measure_bits(const uint16_t *restrict bits, Py_ssize_t width, double *square, float *peak)
 {
     struct sums sum[2] = {0};
-    uint16_t padded[BLOCK] = {0}, largest = 0;
-    Py_ssize_t whole = width - width % BLOCK;
+    uint16_t padded[SQUARED_AT_ONCE] = {0}, largest = 0;
+    Py_ssize_t whole = width - width % SQUARED_AT_ONCE;
     for (Py_ssize_t i = 0; i < width; i++) {
         uint16_t size = bits[i] & 0x7FFF;
         largest = size > largest ? size : largest;
     }
-    for (Py_ssize_t at = 0; at < whole; at += BLOCK)
+    for (Py_ssize_t at = 0; at < whole; at += SQUARED_AT_ONCE)
         square_block(bits + at, sum);
     memcpy(padded, bits + whole, (width - whole) * sizeof *bits);
     square_block(padded, sum);
@@ -229,19 +252,20 @@ static PyObject *quantise(PyObject *module, PyObject *arguments)
         return NULL;
     int measured = at[PEAK].obj != NULL;
     rows = width > 0 ? at[CODES].len / width : 0;
-    if (width <= 0 || !has_rows(&at[X], &at[CHOSEN], rows, width) || !holds(&at[CODES], rows, width, 1)
-        || !holds(&at[SCALE], rows, n_blocks(width), sizeof(uint16_t)) || (at[NOISE].obj && !measured)
+    int block = width > 0 ? block_of(&at[SCALE], rows, width) : 0;
+    if (!block || !has_rows(&at[X], &at[CHOSEN], rows, width) || !holds(&at[CODES], rows, width, 1)
+        || (at[NOISE].obj && !measured)
         || (measured && !(holds(&at[NOISE], rows, 1, sizeof(float)) && holds(&at[PEAK], rows, 1, sizeof(float))
                           && holds(&at[SQUARE], rows, 1, sizeof(double))))) {
         PyErr_SetString(PyExc_ValueError, DO_NOT_FIT);
     } else {
-        const int64_t *chosen = at[CHOSEN].obj ? at[CHOSEN].buf : NULL;
+        struct rows all = {at[X].buf,     at[CHOSEN].obj ? at[CHOSEN].buf : NULL, rows, width, at[CODES].buf,
+                           at[SCALE].buf, at[NOISE].buf, at[SQUARE].buf, at[PEAK].buf};
         Py_BEGIN_ALLOW_THREADS;
         if (measured)
-            fault = measure_rows(at[X].buf, chosen, rows, width, factor, at[CODES].buf, at[SCALE].buf, at[NOISE].buf,
-                                 at[SQUARE].buf, at[PEAK].buf);
+            fault = block == NARROW_BLOCK ? measure_narrow(&all, factor) : measure_wide(&all, factor);
         else
-            fault = quantise_rows(at[X].buf, chosen, rows, width, factor, at[CODES].buf, at[SCALE].buf);
+            fault = block == NARROW_BLOCK ? quantise_narrow(&all, factor) : quantise_wide(&all, factor);
         Py_END_ALLOW_THREADS;
         answer = PyLong_FromSsize_t(fault);
     }

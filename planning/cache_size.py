@@ -16,7 +16,7 @@ class Coded(NamedTuple):
     code_bits: float
     """Of a value: an int8 code at step divisor 8, or the 16 bits of bf16."""
     scale_bits: float
-    """Of the 16 bits of a block's scale; 0 for bf16."""
+    """Of the scales, for each of a new cache's blocks; 0 for bf16."""
     column_share: float
     """Of the token table's bytes."""
     sums_share: float
@@ -24,7 +24,7 @@ class Coded(NamedTuple):
 
 
 TYPICAL = {
-    "int8": Coded(code_bits=5.129, scale_bits=3.32, column_share=0.27, sums_share=0.266),
+    "int8": Coded(code_bits=5.132, scale_bits=1.68, column_share=0.27, sums_share=0.266),
     "bf16": Coded(code_bits=10.86, scale_bits=0.0, column_share=0.270, sums_share=0.265),
 }
 """As `measure_coded` finds them in caches of the demo's model; tests/test_plan_measured.py holds them."""
@@ -101,7 +101,7 @@ def measure_coded(cache: Cache) -> Coded:
     bits = 8 * (parts["codes"] - index) / (vectors * manifest.d_model)
     return Coded(
         code_bits=bits - (math.log2(manifest.step_divisor / 8) if int8 else 0),
-        scale_bits=8 * (parts["scales"] - index) / (vectors * manifest.n_blocks) if int8 else 0.0,
+        scale_bits=8 * (parts["scales"] - index) / (vectors * n_blocks(manifest.d_model)) if int8 else 0.0,
         column_share=parts["token"] / (tokens * COLUMNS),
         sums_share=parts["stats"] / (windows * _sums_bytes(size)),
     )

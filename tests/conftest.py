@@ -81,7 +81,7 @@ class TinyCache:
     def stored(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """What a lossless reader gives for `values` (token, d_model)."""
         if self.manifest.precision == "int8":
-            return dequantise(*quantise(values, self.manifest.step_divisor))
+            return dequantise(*quantise(values, self.manifest.step_divisor, self.manifest.block))
         return from_bf16_bits(to_bf16_bits(values))
 
     def expected(self, split: Split, site: str) -> npt.NDArray[np.float32]:

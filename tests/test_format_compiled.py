@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from clt.cache_format import CacheError, bf16, gathered, int8
 from clt.cache_format.compiled import COMPILED
 from clt.cache_format.int8 import Measures, Quantised, quantise, quantise_into
-from clt.cache_format.layout import BLOCK, n_blocks
+from clt.cache_format.layout import BLOCK, BLOCKS, n_blocks
 
 pytestmark = pytest.mark.skipif(not COMPILED, reason="quantise.c is not compiled here")
 
@@ -32,24 +32,32 @@ def by_numpy(work: Callable[[], Any]) -> Any:
         return work()
 
 
-def measured(values: npt.NDArray[np.float32], divisor: float) -> tuple[Quantised, Measures]:
+def measured(
+    values: npt.NDArray[np.float32], divisor: float, block: int = BLOCK
+) -> tuple[Quantised, Measures]:
     tokens, width = values.shape
-    made = Quantised(np.empty((tokens, width), np.int8), np.empty((tokens, n_blocks(width)), np.float16))
+    scale = np.empty((tokens, n_blocks(width, block)), np.float16)
+    made = Quantised(np.empty((tokens, width), np.int8), scale)
     told = Measures(np.empty(tokens, np.float32), np.empty(tokens), np.empty(tokens, np.float32))
     quantise_into(made, values, divisor, told)
     return made, told
 
 
 def assert_same(values: npt.NDArray[np.float32], divisor: float) -> None:
+    for block in BLOCKS:
+        assert_same_in_blocks(values, divisor, block)
+
+
+def assert_same_in_blocks(values: npt.NDArray[np.float32], divisor: float, block: int) -> None:
     try:
-        (codes, scale), expected = by_numpy(lambda: measured(values, divisor))
+        (codes, scale), expected = by_numpy(lambda: measured(values, divisor, block))
     except CacheError as fault:
         for work in (measured, quantise):
             with pytest.raises(CacheError, match=str(fault)[:30]):
-                work(values, divisor)
+                work(values, divisor, block)
         return
-    made, told = measured(values, divisor)
-    for ours in (made, quantise(values, divisor)):
+    made, told = measured(values, divisor, block)
+    for ours in (made, quantise(values, divisor, block)):
         np.testing.assert_array_equal(ours.codes, codes)
         np.testing.assert_array_equal(ours.scale.view(np.uint16), scale.view(np.uint16))
     np.testing.assert_array_equal(told.peak, expected.peak)
@@ -151,7 +159,7 @@ def test_bf16_of_any_bits(bits: npt.NDArray[np.uint32]) -> None:
         np.testing.assert_array_equal(ours[2], theirs[2])
 
 
-@pytest.mark.parametrize("precision", ["int8", "bf16"])
+@pytest.mark.parametrize("precision", ["int8", "int8 of 64", "bf16"])
 @pytest.mark.parametrize("tokens", [1, 64, 65, 150])
 @pytest.mark.parametrize("width", [1, 64, 80, 576, 1100])
 def test_chunks_and_sums(width: int, tokens: int, precision: str) -> None:
@@ -162,8 +170,9 @@ def test_chunks_and_sums(width: int, tokens: int, precision: str) -> None:
 
     def work() -> tuple[list[Any], npt.NDArray[np.float64]]:
         sums = np.ones((8, width))
-        if precision == "int8":
-            chunks = [*gathered.gather_codes(quantise(values, 8.0), order, group, sums)]
+        if precision != "bf16":
+            quantised = quantise(values, 8.0, 64 if precision == "int8 of 64" else 32)
+            chunks = [*gathered.gather_codes(quantised, order, group, sums)]
             return [bytes(part) for pair in chunks for part in pair], sums
         return [
             b"".join(parts) for parts in gathered.gather_bits(bf16.to_bf16_bits(values), order, group, sums)
@@ -174,13 +183,13 @@ def test_chunks_and_sums(width: int, tokens: int, precision: str) -> None:
     np.testing.assert_array_equal(sums, expected_sums)
 
 
-X, CODES, SCALE = np.ones((3, 80), "f4"), np.zeros((3, 80), "i1"), np.zeros((3, 2), "f2")
-TOLD = np.empty(3, "f4"), np.empty(3), np.empty(3, "f4")
-BITS, CHUNK, STEPS = np.zeros((3, 80), "u2"), np.empty((64, 80), "i1"), np.empty((64, 2), "f2")
-ORDER, GROUP, SUMS = np.arange(3), np.zeros(3, "i8"), np.zeros((8, 80))
+X, CODES, SCALE = np.ones((4, 80), "f4"), np.zeros((4, 80), "i1"), np.zeros((4, 3), "f2")
+TOLD = np.empty(4, "f4"), np.empty(4), np.empty(4, "f4")
+BITS, CHUNK, STEPS = np.zeros((4, 80), "u2"), np.empty((64, 80), "i1"), np.empty((64, 3), "f2")
+ORDER, GROUP, SUMS = np.arange(3), np.zeros(4, "i8"), np.zeros((8, 80))
 CALLS = {
     "_quantise.quantise": (X, 80, 0.1, CODES, SCALE, *TOLD),
-    "_quantise.quantise of rows": (X, 80, 0.1, CODES, SCALE, *TOLD, np.array([2, 0, 2])),
+    "_quantise.quantise of rows": (X, 80, 0.1, CODES, SCALE, *TOLD, np.array([2, 0, 3, 1])),
     "_quantise.round_to_bf16": (X, 80, BITS, *TOLD[1:]),
     "_gather.gather_codes": (CODES, SCALE, 80, ORDER, GROUP, CHUNK, STEPS, SUMS),
     "_gather.gather_planes": (BITS, 80, ORDER, GROUP, CHUNK, CHUNK.copy(), SUMS),
@@ -210,7 +219,7 @@ def test_buffers_that_do_not_belong_together_are_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["_gather.gather_codes", "_gather.gather_planes"])
 @pytest.mark.parametrize(
-    "wrong", [{"order": [0, 3]}, {"order": [-1]}, {"group": [0, 8, 0]}, {"group": [0, -1, 0]}]
+    "wrong", [{"order": [0, 4]}, {"order": [-1]}, {"group": [0, 8, 0, 0]}, {"group": [0, -1, 0, 0]}]
 )
 def test_rows_and_groups_out_of_range_are_refused(name: str, wrong: dict[str, list[int]]) -> None:
     module, function = name.split(".")
@@ -223,7 +232,7 @@ def test_rows_and_groups_out_of_range_are_refused(name: str, wrong: dict[str, li
         call(*(np.zeros(65, "i8") if argument is ORDER else argument for argument in CALLS[name]))
 
 
-@pytest.mark.parametrize("rows", [[0, 1, 3], [0, -1, 2]])
+@pytest.mark.parametrize("rows", [[0, 1, 4, 2], [0, -1, 2, 2]])
 def test_chosen_rows_out_of_range_are_refused(rows: list[int]) -> None:
     quantise_rows = importlib.import_module("clt.cache_format._quantise").quantise
     with pytest.raises(ValueError, match="do not belong together"):

@@ -12,7 +12,7 @@ from clt.cache_format import open_cache, verify_cache
 from clt.cache_format.layout import SITES, SPLITS, TOKEN_COLUMNS
 
 GOLDEN = Path(__file__).parent / "golden"
-PRECISIONS = pytest.mark.parametrize("precision", ["int8", "bf16"])
+PRECISIONS = pytest.mark.parametrize("precision", ["int8", "bf16", "int8-32"])
 IO = pytest.mark.parametrize("io", ["mmap", "pread"])
 
 
@@ -102,9 +102,9 @@ def test_a_golden_cache_opens_without_our_code(precision: str) -> None:
         rows = np.concatenate([window * w + np.arange(tokens) for w, tokens in facts["windows"][name]])
         for site in SITES:
             stored = group[f"{name}/{site}"][...][rows]
-            if precision == "int8":
+            if precision != "bf16":
                 scale = group[f"{name}/{site}_scale"][...][rows].astype(np.float32)
-                values = stored * np.repeat(scale, 64, axis=2)[..., : stored.shape[2]]
+                values = stored * np.repeat(scale, facts["manifest"]["block"], axis=2)[..., : stored.shape[2]]
             else:
                 values = (stored.astype(np.uint32) << 16).view(np.float32)
             np.testing.assert_array_equal(
@@ -113,10 +113,12 @@ def test_a_golden_cache_opens_without_our_code(precision: str) -> None:
 
 
 def test_the_golden_caches_cover_what_they_are_for() -> None:
-    """Both precisions, both splits, partial last windows, a sink, several writers, what is not finite."""
-    for precision, writers in (("int8", 1), ("bf16", 2)):
+    """Both precisions, both blocks, both splits, partial last windows, a sink, several writers, what is not
+    finite."""
+    for precision, writers, block in (("int8", 1, 64), ("bf16", 2, 64), ("int8-32", 1, 32)):
         facts, arrays = expected(precision)
-        assert facts["manifest"]["precision"] == precision
+        assert facts["manifest"]["precision"] == precision.partition("-")[0]
+        assert facts["manifest"]["block"] == block
         assert facts["manifest"]["world_size"] == writers
         for name in SPLITS:
             assert 0 < facts["windows"][name][-1][1] < facts["manifest"]["window"]

@@ -11,7 +11,7 @@ import tensorstore
 import zarr
 
 from clt.cache_format import open_cache
-from clt.cache_format.layout import SITES, TOKEN_COLUMNS
+from clt.cache_format.layout import BLOCK, BLOCKS, SITES, TOKEN_COLUMNS
 
 Read = Callable[[str], npt.NDArray[Any]]
 
@@ -34,15 +34,18 @@ READERS = pytest.mark.parametrize("reader", [with_zarr, with_tensorstore])
 
 @READERS
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_int8_is_codes_times_scale(make_cache: Callable[..., Any], reader: Any, split: str) -> None:
-    """codes * the scale of their 64 channels, in full and partial windows and the narrow last block."""
-    tiny = make_cache()
+@pytest.mark.parametrize("block", BLOCKS)
+def test_int8_is_codes_times_scale(
+    make_cache: Callable[..., Any], reader: Any, split: str, block: int
+) -> None:
+    """codes * the scale of their block of channels, in full and partial windows and the narrow last block."""
+    tiny = make_cache(block=block)
     read, ours = reader(tiny.path), open_cache(tiny.path)[split]
     for site in SITES:
         codes, scale = read(f"{split}/{site}"), read(f"{split}/{site}_scale")
         assert codes.dtype == np.int8
         assert scale.dtype == np.float16
-        values = codes * np.repeat(scale.astype(np.float32), 64, axis=2)[..., : codes.shape[2]]
+        values = codes * np.repeat(scale.astype(np.float32), block, axis=2)[..., : codes.shape[2]]
         np.testing.assert_array_equal(values, ours.read(site))
 
 
@@ -92,7 +95,7 @@ def test_a_cache_that_is_being_written_is_readable(plan_cache: Callable[..., Any
     assert len(ours) == 256
     np.testing.assert_array_equal(read("train/token/sample"), ours.token_column("sample"))
     codes, scale = read("train/mlp_in"), read("train/mlp_in_scale").astype(np.float32)
-    np.testing.assert_array_equal(codes * np.repeat(scale, 64, axis=2)[..., :80], ours.read("mlp_in"))
+    np.testing.assert_array_equal(codes * np.repeat(scale, BLOCK, axis=2)[..., :80], ours.read("mlp_in"))
 
 
 def test_zarr_walks_the_whole_tree(make_cache: Callable[..., Any]) -> None:

@@ -19,8 +19,11 @@ def test_chunks_hold_all_tokens_and_no_more(tokens: int) -> None:
 
 @given(st.integers(1, 10**6))
 def test_blocks_hold_all_channels_and_no_more(d_model: int) -> None:
-    """The last block is between 1 and BLOCK channels wide."""
-    assert 1 <= d_model - (layout.n_blocks(d_model) - 1) * layout.BLOCK <= layout.BLOCK
+    """The last block is between 1 and a block's channels wide; the number of scales tells the block."""
+    for block in layout.BLOCKS:
+        scales = layout.n_blocks(d_model, block)
+        assert 1 <= d_model - (scales - 1) * block <= block
+        assert layout.block_of(d_model, scales) == block or scales == 1
 
 
 def test_names_never_change() -> None:

@@ -46,6 +46,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         precision=precision,
         step_divisor=divisor,
         window=64 * draw(st.integers(1, 1000)),
+        block=draw(st.sampled_from([32, 64])),
         seed=draw(st.integers(0, 2**63 - 1)),
         world_size=draw(st.integers(1, 4096)),
         source=draw(st.dictionaries(st.text(max_size=8), SCALAR, max_size=4)),
@@ -89,7 +90,8 @@ def test_what_is_written_comes_back(manifest: Manifest) -> None:
         ("source", [], "source: expected an object"),
         ("source", {"model": ["a"]}, "source.model: expected a string or a number"),
         ("source", {"x": float("inf")}, "source.x: expected a string or a number, found inf"),
-        ("block", 32, "block: format 1 has 64, found 32"),
+        ("block", 16, r"block: expected one of \(32, 64\), found 16"),
+        ("block", True, r"block: expected one of \(32, 64\), found True"),
         ("chunk", None, "chunk: format 1 has 64, found None"),
         ("extra", 1, r"expected no other fields, found \['extra'\]"),
     ],
@@ -161,7 +163,7 @@ def test_differences_name_fields_of_both_levels() -> None:
 def test_sizes_follow_from_the_fields() -> None:
     """Bytes of a token: codes and float16 scales of both sites and all layers; 2 bytes a value in bf16."""
     int8, bf16 = Manifest(**GOOD), Manifest(**{**GOOD, "precision": "bf16", "step_divisor": 0.0})
-    assert int8.bytes_per_token == 2 * 3 * (80 + 2 * 2)
+    assert int8.bytes_per_token == 2 * 3 * (80 + 2 * 3)
     assert bf16.bytes_per_token == bf16.bf16_bytes_per_token == 2 * 3 * 80 * 2
     assert int8.layer_index(5) == 2
     with pytest.raises(CacheError, match=r"layer 1 is not in this cache; it holds \[0, 2, 5\]"):

@@ -72,7 +72,7 @@ def test_a_writer_holds_no_more_than_it_says(tmp_path: Path, precision: str) -> 
 @pytest.mark.parametrize(("precision", "value"), [("int8", 1), ("bf16", 2)])
 def test_the_bound_is_the_sum_of_its_parts(precision: str, value: int) -> None:
     """The formula of FORMAT.md, number by number."""
-    token = 4 * 2 * (1024 + 2 * 16) if precision == "int8" else 4 * 2 * 2 * 1024
+    token = 4 * 2 * (1024 + 2 * 32) if precision == "int8" else 4 * 2 * 2 * 1024
     windows = 3 * 4096 * (token + 32 * 4 + 18)
     assert 24 * SLAB == 6 * 2**20
     threads = THREADS * (4 * 64 * 1024 * value + 24 * SLAB)

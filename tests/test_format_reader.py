@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from clt.cache_format import CacheError, DamagedCacheError, open_cache, open_shards
 from clt.cache_format.codec import encode_chunk
-from clt.cache_format.layout import CHUNK, SITES
+from clt.cache_format.layout import BLOCK, CHUNK, SITES
 from clt.cache_format.open_shards import InWindow
 
 ONE_CACHE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
@@ -78,9 +78,9 @@ def test_chunks_decode_to_what_read_gives(tiny: Any, io: str) -> None:
     chunks = np.random.default_rng(0).permutation(split.n_chunks)
     places = split.chunk_places(chunks)
     codes = np.empty((len(chunks) * CHUNK, 80), np.int8)
-    scale = np.empty((len(chunks) * CHUNK, 2), np.float16)
+    scale = np.empty((len(chunks) * CHUNK, 3), np.float16)
     split.fetch("mlp_out", 1, split.by_window(chunks, np.arange(len(chunks)))).decode(codes, scale)
-    values = codes * np.repeat(scale.astype(np.float32), 64, axis=1)[:, :80]
+    values = codes * np.repeat(scale.astype(np.float32), BLOCK, axis=1)[:, :80]
     for at, (tokens, start) in enumerate(zip(places.tokens.tolist(), places.start.tolist(), strict=True)):
         first = at * CHUNK
         np.testing.assert_array_equal(values[first : first + tokens], whole[start : start + tokens])

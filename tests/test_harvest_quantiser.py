@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from clt.cache_format.int8 import Measures, quantise, quantise_into
+from clt.cache_format.layout import BLOCK
 from clt.harvest.quantiser import (
     DeviceVectors,
     agrees,
@@ -86,7 +87,7 @@ def test_what_the_statistics_ask_for(way: Callable[[torch.Tensor, float], Device
     """Norm, largest value and lost distance of the stored vector, from the numbers as a reader gets them."""
     values = draw(width)
     ours = way(torch.from_numpy(values), 8.0)
-    step = np.repeat(ours.scale.numpy().astype(np.float64), 64, axis=1)[:, :width]
+    step = np.repeat(ours.scale.numpy().astype(np.float64), BLOCK, axis=1)[:, :width]
     stored = ours.codes.numpy() * step
     np.testing.assert_allclose(ours.square.numpy(), (stored**2).sum(axis=1), rtol=1e-12)
     np.testing.assert_allclose(ours.peak.numpy(), np.abs(stored).max(axis=1), rtol=1e-6)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import simulate_ranks  # noqa: E402
 
 SIZES = {"tokens": 4096, "grad_acc_steps": 8, "dtype": "bfloat16", "optimizer": "adam8"}
-STORED = {"stored_bytes": (4096 + 128) / 4096}
+STORED = {"stored_bytes": (4096 + 256) / 4096}
 
 
 def test_one_rank_is_one_process() -> None:

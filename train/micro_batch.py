@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..cache_format.layout import BLOCK
+from ..cache_format.layout import block_of
 from .cpu_codes import is_compiled, standardise
 from .reader import Batch
 from .sparse import Codes
@@ -33,5 +33,6 @@ class MicroBatch:
         mean = standardiser.mean
         codes, steps = self.batch.stored(site, layer)
         if codes.dtype == torch.int8 and is_compiled(mean) and not codes.is_cuda:
-            return standardise(codes, steps, mean[layer], float(standardiser.scale[layer]), BLOCK)
+            block, scale = block_of(codes.shape[1], steps.shape[1]), float(standardiser.scale[layer])
+            return standardise(codes, steps, mean[layer], scale, block)
         return standardiser.apply_to(self.batch.values(site, layer, mean.device, mean.dtype), layer)

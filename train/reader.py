@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..cache_format.layout import BLOCK, CHUNK
+from ..cache_format.layout import CHUNK, block_of
 from ..cache_format.manifest import parse_int
 from .batch_memory import BatchMemory
 from .memory import read_memory
@@ -82,10 +82,11 @@ class Batch(NamedTuple):
             return codes.view(torch.bfloat16).to(dtype)
         scale = scale.to(dtype)
         d_model = codes.shape[1]
-        if d_model % BLOCK == 0:  # (token, block, BLOCK) times (token, block, 1)
-            blocks = codes.to(dtype).view(len(codes), -1, BLOCK)
+        block = block_of(d_model, scale.shape[1])
+        if d_model % block == 0:  # (token, block, channel of it) times (token, block, 1)
+            blocks = codes.to(dtype).view(len(codes), -1, block)
             return blocks.mul_(scale[..., None]).view(len(codes), d_model)
-        return codes.to(dtype) * scale.repeat_interleave(BLOCK, dim=1)[:, :d_model]
+        return codes.to(dtype) * scale.repeat_interleave(block, dim=1)[:, :d_model]
 
 
 @dataclass

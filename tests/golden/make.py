@@ -1,9 +1,10 @@
 """How the golden caches of version 1 were made; they are never made again.
 
-    python tests/golden/make.py FOLDER
+    python tests/golden/make.py FOLDER NAME
 
-writes the caches `int8` and `bf16` and for each an `.npz` and a `.json` of what a reader must find. Expected
-values come from what was put in, rounded here by the rules of FORMAT.md in plain numpy, not from a reader.
+writes the cache NAME (`int8`, whose blocks are of 64 channels, `int8-32`, or `bf16`), an `.npz` and a `.json`
+of what a reader must find. Expected values come from what was put in, rounded here by the rules of FORMAT.md
+in plain numpy, not from a reader.
 """
 
 import json
@@ -19,18 +20,18 @@ from clt.cache_format.layout import SITES, SPLITS, TOKEN_COLUMNS
 
 Array = npt.NDArray[Any]
 WIDTH = {"int8": 66, "bf16": 8}
-"""Channels; int8 has one whole block of scales and one of two channels."""
+"""Channels; int8 has whole blocks of scales and one of two channels."""
 LAYERS = (1, 4)
 TRAIN, VAL = (20, 41, 30), (9,)
 """Tokens of each sample: windows of 64 cut split train inside a sample; the last window is partial."""
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, name: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for precision, world_size in (("int8", 1), ("bf16", 2)):
-        samples = make_samples(precision)
-        write(folder / precision, precision, world_size, samples)
-        expect(folder / precision, precision, samples)
+    precision, _, block = name.partition("-")
+    samples = make_samples(precision)
+    write(folder / name, precision, int(block or 64), 2 if precision == "bf16" else 1, samples)
+    expect(folder / name, precision, int(block or 64), samples)
 
 
 def make_samples(precision: str) -> list[dict[str, Any]]:
@@ -62,13 +63,14 @@ def make_samples(precision: str) -> list[dict[str, Any]]:
     return samples
 
 
-def write(path: Path, precision: str, world_size: int, samples: list[dict[str, Any]]) -> None:
+def write(path: Path, precision: str, block: int, world_size: int, samples: list[dict[str, Any]]) -> None:
     manifest = Manifest(
         d_model=WIDTH[precision],
         layers=LAYERS,
         precision=precision,
         step_divisor=8.0 if precision == "int8" else 0.0,
         window=64,
+        block=block,
         seed=5,
         world_size=world_size,
         source={"model": "golden", "dataset": "golden é", "tokens": None, "val_fraction": 0.25},
@@ -87,7 +89,7 @@ def write(path: Path, precision: str, world_size: int, samples: list[dict[str, A
             writer.finish()
 
 
-def expect(path: Path, precision: str, samples: list[dict[str, Any]]) -> None:
+def expect(path: Path, precision: str, block: int, samples: list[dict[str, Any]]) -> None:
     cache = open_cache(path)
     arrays: dict[str, Array] = {}
     for name in SPLITS:
@@ -98,7 +100,10 @@ def expect(path: Path, precision: str, samples: list[dict[str, Any]]) -> None:
             rows = [
                 samples[s]["values"][site][p] for s, p in zip(table["sample"], table["position"], strict=True)
             ]
-            arrays[f"{name}/{site}"] = (rounded_int8 if precision == "int8" else rounded_bf16)(np.stack(rows))
+            true = np.stack(rows)
+            arrays[f"{name}/{site}"] = (
+                rounded_int8(true, block) if precision == "int8" else rounded_bf16(true)
+            )
             for statistic in ("mean", "variance", "rms", "absmax", "noise_fvu"):
                 arrays[f"{name}/{site}/{statistic}"] = getattr(split.statistics(site), statistic)
     np.savez_compressed(path.with_suffix(".npz"), **arrays)
@@ -115,20 +120,19 @@ def expect(path: Path, precision: str, samples: list[dict[str, Any]]) -> None:
     path.with_suffix(".json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
-def rounded_int8(values: Array) -> Array:
+def rounded_int8(values: Array, width: int) -> Array:
     """Code times scale for (token, layer, channel), one vector and block at a time."""
     out = np.empty_like(values)
     for at in np.ndindex(values.shape[:2]):
         x = values[at]
-        for start in range(0, len(x), 64):
-            block = x[start : start + 64]
+        for start in range(0, len(x), width):
+            block = x[start : start + width]
             typical = np.float32(np.sqrt(np.pi / 2) / 8) * np.abs(x).mean()
             step = max(typical, np.abs(block).max() / np.float32(127))
             scale = np.float16(step)
             scale = np.nextafter(scale, np.float16(np.inf)) if scale < step else scale
-            out[at][start : start + 64] = np.rint(block / np.float32(scale)).astype(np.int8) * np.float32(
-                scale
-            )
+            code = np.rint(block / np.float32(scale)).astype(np.int8)
+            out[at][start : start + width] = code * np.float32(scale)
     return out
 
 
@@ -141,4 +145,4 @@ def rounded_bf16(values: Array) -> Array:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
