@@ -28,7 +28,7 @@ class Encoders:
     """Threads of one writer."""
 
     def __init__(self, folder: Path, rank: int, threads: int, watch: Stopwatch) -> None:
-        """watch: told the seconds of all threads: encode, disk."""
+        """watch: told the seconds of all threads: encode, write, sync."""
         self._folder, self._rank, self._watch = folder, rank, watch
         self._pool = ThreadPoolExecutor(threads, "clt-encode")
 
@@ -43,7 +43,7 @@ class Encoders:
         """Make them durable, and put them in their places; their folders are not synced."""
 
         def place(file: FileBeside) -> None:
-            with self._watch.measure("disk"):
+            with self._watch.measure("sync"):
                 file.place()
 
         with _discarded_on_failure(written):
@@ -58,7 +58,7 @@ class Encoders:
         stream.count += np.bincount(sealed.group, minlength=layout.N_GROUPS)
 
         def write(name: str, parts: Iterable[Stored]) -> str:
-            with self._watch.measure("disk"):
+            with self._watch.measure("write"):
                 written[name] = FileBeside(self._folder / name, self._encoded(parts), self._rank)
             return name
 

@@ -63,11 +63,10 @@ class CacheWriter:
         self._after_commit = after_commit
         self.folder, self.manifest, self.rank, self.max_tokens = folder, manifest, rank, max_tokens
         self.bytes_written = 0
-        """Bytes of the files that this process committed."""
         self.committed_here = 0
-        """Tokens that this process committed."""
+        """Bytes of the files, and tokens, that this process committed."""
         self.watch = Stopwatch()
-        """Seconds of all threads: quantise, encode, disk."""
+        """Seconds of all threads: quantise, encode, write, sync; the caller's: wait encoded, wait synced."""
         self._failed = False
         claim_folder(folder, manifest)
         self._journal_fd = lock(folder / layout.log_name(layout.JOURNAL, rank))
@@ -181,15 +180,15 @@ class CacheWriter:
 
     def flush(self) -> None:
         """Wait until every full window is committed."""
-        self._check_sound()
-        with self._failing():
+        self.wait_encoded()
+        with self._failing(), self.watch.measure("wait synced"):
             while self._commits:
                 self._commits.pop(0)[1].result()
 
     def wait_encoded(self) -> None:
         """Wait until no full window has more to wait for than the disk, which leaves the processors free."""
         self._check_sound()
-        with self._failing():
+        with self._failing(), self.watch.measure("wait encoded"):
             for encoding, _ in self._commits:
                 encoding.result()
 
@@ -259,32 +258,31 @@ class CacheWriter:
             skip=stream.since_cursor,
         )
         encoding = self._committer.submit(self._encode, entry, window)
-        commit = self._committer.submit(self._commit, entry, window, encoding, self._take_waiting())
+        commit = self._committer.submit(self._commit, entry, encoding, self._take_waiting())
         self._commits.append((encoding, commit))
 
     def _take_waiting(self) -> tuple[bytes, bytes]:
         return self._samples.take(), self._rejected.take()
 
     def _encode(self, entry: WindowEntry, window: Window) -> Written:
-        sealed = SealedWindow(window, entry.split, entry.window)
-        return self._encoders.write(sealed, self._streams[entry.split])
+        split, number = entry.split, entry.window
+        written = self._encoders.write(SealedWindow(window, split, number), self._streams[split])
+        self._free.append(window.clear())
+        return written
 
-    def _commit(
-        self, entry: WindowEntry, window: Window, encoding: Future[Written], lines: tuple[bytes, bytes]
-    ) -> None:
+    def _commit(self, entry: WindowEntry, encoding: Future[Written], lines: tuple[bytes, bytes]) -> None:
         """entry: without its files and logs."""
         files = self._encoders.place(encoding.result())
         folders = {(self.folder / name).parent for name in files}
-        with self.watch.measure("disk"):
+        with self.watch.measure("sync"):
             sync_folders(sorted(folders))
             logs = self._commit_logs(*lines)
         append(self._journal_fd, window_line(replace(entry, files=files, logs=logs)))
         self.bytes_written += sum(file.size for file in files.values())
-        self.committed_here += window.tokens
-        self._streams[entry.split].committed += window.tokens
+        self.committed_here += entry.tokens
+        self._streams[entry.split].committed += entry.tokens
         self._documents.refresh()
         self._after_commit()
-        self._free.append(window.clear())
 
     def _commit_logs(self, samples: bytes, rejected: bytes) -> LogSizes:
         return LogSizes(self._samples.commit(samples), self._rejected.commit(rejected))

@@ -1,8 +1,8 @@
 """Samples read and prepared ahead of the model, by threads, in harvest order.
 
 Threads, not processes: decoding, resizing and tokenising release Python's lock, and a prepared picture is
-megabytes that would have to be copied between processes. Each thread has its own copy of the processor,
-because fast tokenizers refuse to be shared.
+megabytes that would have to be copied between processes. Where there are several, each has its own copy of
+the processor, because fast tokenizers refuse to be shared.
 """
 
 import copy
@@ -58,7 +58,7 @@ class Feed:
             config.image_root or rows.folder, config.allow_outside, config.fetch_urls
         )
         self._local = threading.local()
-        self._local.model = model  # the maker's own; the other threads copy it, which takes a while
+        self._local.model = model  # the maker's own; others copy it, which takes a while
         self._threads = config.workers or default_threads()
         self._ahead = AHEAD * self._threads
 
@@ -112,6 +112,8 @@ class Feed:
         return replace(sample, pictures=pictures)
 
     def _own_model(self) -> LoadedProcessor:
+        if not hasattr(self._local, "model") and self._threads == 1:
+            self._local.model = self._model  # its maker takes what it has read, and reads no more
         if not hasattr(self._local, "model"):
             processor = copy.deepcopy(self._model.processor)
             tokenizer = getattr(processor, "tokenizer", processor)

@@ -104,7 +104,7 @@ class Landing:
 
     def __init__(self, n_layers: int, form: Form, device: torch.device, watch: Stopwatch) -> None:
         self._form, self._watch = form, watch
-        self._free: queue.SimpleQueue[Berth] = queue.SimpleQueue()
+        self._free: queue.LifoQueue[Berth] = queue.LifoQueue()  # memory that was never touched is dear
         for _ in range(BERTHS):
             self._free.put(Berth(n_layers, pinned=device.type == "cuda"))
         self._flying: deque[Landed] = deque(maxlen=BERTHS)

@@ -117,11 +117,13 @@ def writer_threads() -> int:
 
 
 def split_waiting(mine: Mapping[str, float], writers: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by what this process waited for; those that it waited for the writer, in the ratio of the
-    seconds that the writer's threads spent on encoding and on the disk."""
-    disk = writers.get("disk", 0.0)
-    busy = disk + writers.get("encode", 0.0) + writers.get("quantise", 0.0)
-    share = disk / (busy or 1.0)
+    """Seconds by what this process waited for; those that it waited for the writer, as whoever gave to the
+    writer was held up, where encoding and writing go together in the ratio of the seconds that they took."""
+    encode, write, encoded, synced, quantise = (
+        writers.get(name, 0.0) for name in ("encode", "write", "wait encoded", "wait synced", "quantise")
+    )
+    disk = synced + encoded * write / (encode + write or 1.0)
+    share = disk / (quantise + encoded + synced or 1.0)
     waited = mine.get("store", 0.0)
     found = {name: mine.get(name, 0.0) for name in ("samples", "device", "copy")}
     return {**found, "encode": waited * (1 - share), "disk": waited * share}
