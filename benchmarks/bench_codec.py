@@ -125,7 +125,7 @@ def int8_candidates(divisor: int) -> Iterator[Candidate]:
 
     rules = {"rms of the block": rms, "rms of the token": of_token(rms), "lesser of the two": lesser}
     rules["mean size of the block"] = mean_abs
-    zstd = (codec.encode_chunk, lambda stored, out: codec.decode_chunk(memoryview(stored), out))
+    zstd = (Zstd(1, checksum=True).encode, Zstd(1).decode)
     for name, typical in rules.items():
         quantise = stepwise(lambda blocks, typical=typical: typical(blocks) / np.float32(divisor))
         yield Candidate(f"int8 /{divisor}, {name}, zstd-1", quantise, int8.dequantise, *zstd)
@@ -134,15 +134,10 @@ def int8_candidates(divisor: int) -> Iterator[Candidate]:
     def quantise_shipped(values: Array) -> tuple[Array, ...]:
         return int8.quantise(values, divisor)
 
-    yield Candidate(f"**{shipped}, zstd-1**", quantise_shipped, int8.dequantise, *zstd)
+    ours = (codec.encode_chunk, lambda stored, out: codec.decode_chunk(memoryview(stored), out))
+    yield Candidate(f"**{shipped}, Huffman**", quantise_shipped, int8.dequantise, *ours)
+    yield Candidate(f"{shipped}, zstd-1", quantise_shipped, int8.dequantise, *zstd)
     yield from blocks_and_centring(divisor, of_token(mean_abs), zstd)
-    yield Candidate(
-        f"{shipped}, Huffman alone",
-        quantise_shipped,
-        int8.dequantise,
-        huffman,
-        lambda s, out: Zstd(1).decode(s, out),
-    )
     others = {"zstd-3": Zstd(3, checksum=True), "blosc bitshuffle zstd-1": Blosc("zstd", 1, Blosc.BITSHUFFLE)}
     for name, coder in others.items():
         yield Candidate(f"{shipped}, {name}", quantise_shipped, int8.dequantise, coder.encode, coder.decode)
@@ -172,10 +167,6 @@ def blocks_and_centring(
 
 def by_block(codes: Array, scale: Array) -> Array:
     return codes * np.repeat(scale.astype(np.float32), codes.shape[1] // scale.shape[1], axis=1)
-
-
-def huffman(chunk: Array) -> bytes:
-    return codec._entropy_coder().compress(np.ascontiguousarray(chunk).view(np.uint8).data)
 
 
 def stepwise(

@@ -1,6 +1,7 @@
 """Chunks to bytes and back, through codecs that every Zarr v3 reader has.
 
-zstd with its checksum for int8 codes, scales and statistics; for bf16 blosc (byte shuffle, zstd) and crc32c.
+zstd with its checksum for int8 codes (which it is kept from searching for matches), scales and statistics;
+for bf16 blosc (byte shuffle, zstd) and crc32c.
 """
 
 import struct
@@ -61,6 +62,8 @@ def encode_chunk(chunk: Array) -> bytes:
 
 def encode_chunks(chunks: Array) -> list[Stored]:
     """As `encode_chunk`, of the chunks (chunk, ...), which are not bf16, in one call."""
+    if chunks.dtype == np.int8:  # noise, but for its sizes
+        return _compress(_kept("codes", lambda: _entropy_coder(write_checksum=True)), chunks)
     return _compress(_kept("compressor", _compressor), chunks)
 
 
@@ -117,14 +120,19 @@ def _kept(name: str, make: Callable[[], Any]) -> Any:
 
 
 def _compressor() -> ZstdCompressor:
-    """Gives what numcodecs' `_ZSTD` gives, but keeps its memory from one chunk to the next."""
     return ZstdCompressor(level=1, write_checksum=True, write_content_size=True)
 
 
-def _entropy_coder() -> ZstdCompressor:
+def _entropy_coder(write_checksum: bool = False) -> ZstdCompressor:
     """64 places for hashes find hardly a match, so Huffman codes remain."""
     parameters = ZstdCompressionParameters(
-        strategy=STRATEGY_FAST, window_log=18, hash_log=6, chain_log=6, search_log=1, min_match=7
+        strategy=STRATEGY_FAST,
+        window_log=18,
+        hash_log=6,
+        chain_log=6,
+        search_log=1,
+        min_match=7,
+        write_checksum=write_checksum,
     )
     return ZstdCompressor(compression_params=parameters)
 
