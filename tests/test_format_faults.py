@@ -386,3 +386,31 @@ def test_a_writer_that_failed_writes_no_more(plan_cache: Callable[..., Any]) -> 
             use()
     writer.close()
     assert len(open_cache(tiny.path)["train"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["write", "fsync", "replace"])
+def test_a_failed_window_leaves_nothing_beside(plan_cache: Callable[..., Any], kind: str) -> None:
+    """Whatever other threads had written beside their places meanwhile: a full disk needs the room."""
+    tiny = plan_cache(**{**OPTIONS, "threads": 4, "layers": tuple(range(8))})
+    before = len(os.listdir("/dev/fd"))
+    failing = [0]
+
+    def fail(found: str) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    class Full(Disk):
+        def step(self, found: str, path: object, half: Callable[[], object] = lambda: None) -> None:
+            shard = found == kind and "/train/mlp_" in str(path) and "c.0." in Path(str(path)).name
+            failing[0] += shard
+            if shard and failing[0] > 20:
+                fail(found)
+
+    with Full().watched():
+        writer = tiny.writer()
+        tiny.feed(writer, stop=2)  # fills one window
+        with pytest.raises(OSError, match="full"):
+            writer.flush()
+        writer.close()
+    assert failing[0] > 20
+    assert not list(tiny.path.rglob("*.partial"))
+    assert len(os.listdir("/dev/fd")) == before
