@@ -34,13 +34,13 @@ def test_llava_fits_one_device_of_80_gb() -> None:
 
 
 def test_the_documented_tables_are_those_of_the_formulas() -> None:
-    """And two buffers of LLaVA in int8 are 2 * 8192 * (2 sites * 32 layers * (4096 + 128) + 64) bytes."""
+    """And two buffers of LLaVA in int8 are 2 * 8192 * (2 sites * 32 layers * (4096 + 256) + 64) bytes."""
     text = (Path(__file__).parents[1] / "docs" / "memory.md").read_text()
     assert table() in text
     assert offload_table() in text
     assert read_table() in text
     memory = read_memory(32, 4096, "int8", buffer_tokens=8192, batch_tokens=4096, threads=16)
-    assert memory.buffers == 2 * 8192 * (2 * 32 * (4096 + 128) + 64)
+    assert memory.buffers == 2 * 8192 * (2 * 32 * (4096 + 256) + 64)
 
 
 def test_llava_fits_one_device_of_24_gb_with_its_decoders_away() -> None:
