@@ -27,8 +27,8 @@ def claim_folder(folder: Path, manifest: Manifest) -> None:
         differing = read_manifest(folder).differences(manifest)
         if differing:
             raise CacheError(
-                f"{folder} was harvested differently; use another folder, or the same arguments. "
-                "Differences (there -> now): " + "; ".join(differing)
+                f"{folder} was harvested differently; use another folder, or the arguments and the clt that "
+                "began it. Differences (there -> now): " + "; ".join(differing)
             )
     elif not folder.exists():
         folder.mkdir(parents=True, exist_ok=True)  # another rank may be as early

@@ -112,14 +112,16 @@ class Feed:
         return replace(sample, pictures=pictures)
 
     def _own_model(self) -> LoadedProcessor:
-        if not hasattr(self._local, "model") and self._threads == 1:
-            self._local.model = self._model  # its maker takes what it has read, and reads no more
         if not hasattr(self._local, "model"):
-            processor = copy.deepcopy(self._model.processor)
-            tokenizer = getattr(processor, "tokenizer", processor)
-            self._local.model = replace(self._model, processor=processor, tokenizer=tokenizer)
+            alone = self._threads == 1  # the maker takes what such a thread has read, and reads no more
+            self._local.model = self._model if alone else self._copied_model()
         model: LoadedProcessor = self._local.model
         return model
+
+    def _copied_model(self) -> LoadedProcessor:
+        processor = copy.deepcopy(self._model.processor)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        return replace(self._model, processor=processor, tokenizer=tokenizer)
 
 
 def default_threads() -> int:
