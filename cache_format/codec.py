@@ -6,8 +6,8 @@ for bf16 blosc (byte shuffle, zstd) and crc32c.
 
 import struct
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,16 @@ from .errors import DamagedCacheError
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
 Stored = bytes | memoryview
-Parts = tuple[Stored, ...]
-"""Stored bytes that lie in several places."""
+
+
+class Frames(NamedTuple):
+    """Stored bytes of some chunks, one behind the other."""
+
+    sizes: list[int]
+    """Of each chunk, in bytes."""
+    parts: list[Stored]
+    """All of them, cut anywhere."""
+
 
 SMALL = 1 << 16
 """Bytes of a chunk up to which a context that is kept, and a copy, are faster than a new one each time."""
@@ -56,15 +64,18 @@ def encode_chunk(chunk: Array) -> bytes:
     """Stored bytes of one chunk; uint16 is bf16 bits, every other dtype goes through zstd."""
     if chunk.dtype == np.uint16:
         low, high = planes(chunk)
-        return b"".join(next(encode_planes(low[None], high[None])))
-    return bytes(encode_chunks(chunk[None])[0])
+        return b"".join(encode_planes(low[None], high[None]).parts)
+    return b"".join(encode_chunks(chunk[None]).parts)
 
 
-def encode_chunks(chunks: Array) -> list[Stored]:
+def encode_chunks(chunks: Array) -> Frames:
     """As `encode_chunk`, of the chunks (chunk, ...), which are not bf16, in one call."""
     if chunks.dtype == np.int8:  # noise, but for its sizes
-        return _compress(_kept("codes", lambda: _entropy_coder(write_checksum=True)), chunks)
-    return _compress(_kept("compressor", _compressor), chunks)
+        frames = _compress(_kept("codes", lambda: _entropy_coder(write_checksum=True)), chunks)
+    else:
+        frames = _compress(_kept("compressor", _compressor), chunks)
+    # few parts: what Python does for each takes as long as encoding a small frame
+    return Frames([len(frame) for frame in frames], frames if len(frames) == 1 else [b"".join(frames)])
 
 
 def _compress(compressor: ZstdCompressor, chunks: Array) -> list[Stored]:
@@ -81,7 +92,7 @@ def planes(chunk: Array) -> tuple[Bytes, Bytes]:
     return np.ascontiguousarray(low), np.ascontiguousarray(high)
 
 
-def encode_planes(low: Bytes, high: Bytes) -> Iterator[Parts]:
+def encode_planes(low: Bytes, high: Bytes) -> Frames:
     """Of each chunk's bytes (chunk, ...): a blosc container of one block, and its crc32c: the low bytes (last
     bit of the exponent, mantissa) as they are, for they are noise, then the high bytes (sign and the rest of
     the exponent) as a zstd frame.
@@ -90,11 +101,14 @@ def encode_planes(low: Bytes, high: Bytes) -> Iterator[Parts]:
     blosc reads it. `benchmarks/bench_codec.py` compares them.
     """
     frames = _compress(_kept("entropy", _entropy_coder), high)
-    for of_low, of_high, frame in zip(low, high, frames, strict=True):
-        yield _checked(_container(of_low.reshape(-1), of_high.reshape(-1), frame))
+    chunks = [
+        _checked(_container(of_low.reshape(-1), of_high.reshape(-1), frame))
+        for of_low, of_high, frame in zip(low, high, frames, strict=True)
+    ]
+    return Frames([sum(map(len, parts)) for parts in chunks], [part for parts in chunks for part in parts])
 
 
-def _container(low: Bytes, high: Bytes, frame: Stored) -> Parts:
+def _container(low: Bytes, high: Bytes, frame: Stored) -> tuple[Stored, ...]:
     size, start = low.size, _BLOSC_HEAD.size
     if size < _BLOSC_SPLITTABLE or len(frame) + 12 > size:  # 12: sizes and offset
         stored = start + 2 * size
@@ -105,7 +119,7 @@ def _container(low: Bytes, high: Bytes, frame: Stored) -> Parts:
     return head + struct.pack("<II", start + 4, size), low.data, struct.pack("<I", len(frame)), frame
 
 
-def _checked(parts: Parts) -> Parts:
+def _checked(parts: tuple[Stored, ...]) -> tuple[Stored, ...]:
     check = 0
     for part in parts:
         check = add_to_crc32c(check, part if isinstance(part, bytes) else np.frombuffer(part, np.uint8))

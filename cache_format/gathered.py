@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .bf16 import Bits, from_bf16_bits
-from .codec import Array, Parts, Stored, encode_chunks, encode_planes, planes
+from .codec import Array, Frames, encode_chunks, encode_planes, planes
 from .compiled import COMPILED
 from .int8 import Doubles, Floats, Quantised, Scales, dequantise
 from .layout import CHUNK
@@ -26,8 +26,8 @@ AT_ONCE = 1 << 18
 
 def gather_codes(
     of: Quantised, order: Places, group: Places, sums: Doubles
-) -> Iterator[tuple[Stored, Scales]]:
-    """Stored bytes of each chunk's codes, and its steps (token, block), which lie in memory of their own.
+) -> Iterator[tuple[Frames, Scales]]:
+    """Codes of some chunks, and their steps (chunk, token, block), which lie in memory of their own.
 
     order: place on disk -> row; group (row,): 0 to N_GROUPS - 1; sums (N_GROUPS, d_model): added to.
     """
@@ -42,10 +42,10 @@ def gather_codes(
         else:
             some[...], steps[...] = (_padded(array[rows]) for array in of)
             _add(dequantise(some, steps), group[rows], sums)
-        yield from zip(encode_chunks(_by_chunk(some)), _by_chunk(steps), strict=True)
+        yield encode_chunks(_by_chunk(some)), _by_chunk(steps)
 
 
-def gather_bits(bits: Bits, order: Places, group: Places, sums: Doubles) -> Iterator[Parts]:
+def gather_bits(bits: Bits, order: Places, group: Places, sums: Doubles) -> Iterator[Frames]:
     """As `gather_codes`, of bf16; what it yields lies in memory that is used again."""
     width = bits.shape[1]
     room = np.empty((2, _chunks_at_once(width) * CHUNK, width), np.uint8)
@@ -57,7 +57,7 @@ def gather_bits(bits: Bits, order: Places, group: Places, sums: Doubles) -> Iter
             padded = _padded(bits[rows])
             low.reshape(-1)[:], high.reshape(-1)[:] = planes(padded)
             _add(from_bf16_bits(padded), group[rows], sums)
-        yield from encode_planes(_by_chunk(low), _by_chunk(high))
+        yield encode_planes(_by_chunk(low), _by_chunk(high))
 
 
 def _chunks_at_once(width: int) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from google_crc32c import value as crc32c
 
-from .codec import Parts, Stored, decode_chunk
+from .codec import Frames, Stored, decode_chunk
 from .errors import DamagedCacheError
 
 _ABSENT = np.uint64(2**64 - 1)
@@ -30,13 +30,14 @@ NEAR = 1 << 16
 """Bytes between two chunks up to which one call for both costs less than two: scales are small."""
 
 
-def shard_parts(chunks: Iterable[Parts], slots: int) -> Iterator[Stored]:
-    """A shard with `slots` places, of which the first are filled: each chunk as it comes, then the index."""
-    index, end = np.full((slots, 2), _ABSENT, "<u8"), 0
-    for slot, chunk in enumerate(chunks):
-        size = sum(map(len, chunk))
-        index[slot], end = (end, size), end + size
-        yield from chunk
+def shard_parts(frames: Iterable[Frames], slots: int) -> Iterator[Stored]:
+    """A shard with `slots` places, of which the first are filled: chunks as they come, then the index."""
+    index, sizes = np.full((slots, 2), _ABSENT, "<u8"), list[int]()
+    for some in frames:
+        sizes += some.sizes
+        yield from some.parts
+    index[: len(sizes), 1] = sizes
+    index[: len(sizes), 0] = np.cumsum([0, *sizes])[:-1]
     footer = index.tobytes()
     yield footer + crc32c(footer).to_bytes(4, "little")
 

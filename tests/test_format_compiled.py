@@ -173,10 +173,9 @@ def test_chunks_and_sums(width: int, tokens: int, precision: str) -> None:
         if precision != "bf16":
             quantised = quantise(values, 8.0, 64 if precision == "int8 of 64" else 32)
             chunks = [*gathered.gather_codes(quantised, order, group, sums)]
-            return [bytes(part) for pair in chunks for part in pair], sums
-        return [
-            b"".join(parts) for parts in gathered.gather_bits(bf16.to_bf16_bits(values), order, group, sums)
-        ], sums
+            return [(f.sizes, b"".join(f.parts), steps.tobytes()) for f, steps in chunks], sums
+        frames = gathered.gather_bits(bf16.to_bf16_bits(values), order, group, sums)
+        return [(f.sizes, b"".join(f.parts)) for f in frames], sums
 
     (chunks, sums), (expected, expected_sums) = work(), by_numpy(work)
     assert chunks == expected

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from clt.cache_format import CacheError, DamagedCacheError
 from clt.cache_format import shard as shard_module
-from clt.cache_format.codec import encode_chunk
+from clt.cache_format.codec import Frames, encode_chunk, encode_chunks
 from clt.cache_format.open_shards import Fetched, InWindow, Wanted
 from clt.cache_format.shard import Shard, shard_parts
 
@@ -44,7 +44,7 @@ def decoded(shard: Shard, slot: int) -> npt.NDArray[np.int8]:
     return out
 
 
-DATA = b"".join(shard_parts([(encode_chunk(chunk),) for chunk in CHUNKS], 4))
+DATA = b"".join(shard_parts([encode_chunks(np.stack(CHUNKS))], 4))
 
 
 @IO
@@ -257,11 +257,14 @@ def test_any_bytes_are_no_shard(put: Callable[[bytes], Path], data: bytes, slots
         Shard(put(data), slots)
 
 
-@given(st.lists(st.binary(min_size=1, max_size=30), max_size=5), st.integers(0, 3))
-def test_building_fills_the_first_slots(chunks: list[bytes], spare: int) -> None:
+@given(st.lists(st.binary(min_size=1, max_size=30), max_size=5), st.integers(0, 3), st.integers(0, 5))
+def test_building_fills_the_first_slots(chunks: list[bytes], spare: int, cut: int) -> None:
     """Every chunk lies where the index says, back to back; what is left over is absent."""
     slots = len(chunks) + spare
-    data = b"".join(shard_parts([(chunk,) for chunk in chunks], slots))
+    frames = [
+        Frames([len(chunk) for chunk in some], [b"".join(some)]) for some in (chunks[:cut], chunks[cut:])
+    ]
+    data = b"".join(shard_parts(frames, slots))
     index = np.frombuffer(data[len(data) - 4 - 16 * slots : -4], "<u8").reshape(slots, 2)
     for chunk, (start, size) in zip(chunks, index.tolist(), strict=False):
         assert data[start : start + size] == chunk

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from test_format_corpus import GOLDEN, SLOTS, refusal
 
-from clt.cache_format.codec import encode_chunk
+from clt.cache_format.codec import Frames, encode_chunk
 from clt.cache_format.files import checksum
 from clt.cache_format.shard import shard_parts
 
@@ -105,8 +105,8 @@ def hand_picked() -> dict[str, dict[str, bytes]]:
 
 
 def sound_shard(dtype: type) -> bytes:
-    chunk = (np.arange(64 * 66) % 7).astype(dtype).reshape(64, 66)
-    return b"".join(shard_parts([(encode_chunk(chunk),)] * SLOTS, SLOTS))
+    good = encode_chunk((np.arange(64 * 66) % 7).astype(dtype).reshape(64, 66))
+    return b"".join(shard_parts([Frames([len(good)], [good])] * SLOTS, SLOTS))
 
 
 def bad_shards() -> dict[str, bytes]:
