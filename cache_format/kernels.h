@@ -18,6 +18,7 @@ enum { NARROW_BLOCK = 32, WIDE_BLOCK = 64, WIDE = 8 };
 
 typedef float floats __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef int32_t integers __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
+typedef int64_t longs __attribute__((vector_size(4 * WIDE), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(2 * WIDE), aligned(2), may_alias));
 typedef float few_floats __attribute__((vector_size(2 * WIDE), aligned(4), may_alias));
 typedef double doubles __attribute__((vector_size(4 * WIDE), aligned(8), may_alias));

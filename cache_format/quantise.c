@@ -2,7 +2,12 @@
  * each vector; a row at a time, while it lies in the first-level cache. */
 #include "kernels.h"
 
-enum { SUMMED_AT_ONCE = 128, SQUARED_AT_ONCE = 64 };
+enum {
+    SUMMED_AT_ONCE = 128,
+    SQUARED_AT_ONCE = 64,
+    FETCHED = 1024, /* values of a row: more would not stay in the first-level cache */
+    MEASURED_AT_ONCE = 64, /* blocks: sums of so many codes' squares are exact as floats */
+};
 
 static const float LARGEST_STEP = 65504.0f;
 static const float TO_INTEGER = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, ties to even */
@@ -51,20 +56,43 @@ INLINE struct step step_from(float least)
     return step;
 }
 
-/* What the statistics ask of a row. */
+/* What the statistics ask of a row; or of some of its blocks, in units of their step. */
 struct told {
     struct sums noise, square;
     float peak;
 };
+struct told_blocks {
+    floats noise, square;
+    integers peak; /* bits of floats that are not negative, which are ordered as the floats are, NaN last */
+    int number;
+};
 
-INLINE float largest_of(const float *x, int block)
+/* In each lane the larger one. */
+INLINE void keep_largest(integers *kept, integers others)
 {
-    uint32_t largest = 0; /* bits of non-negative floats are ordered as the floats are, NaN last */
-    for (int i = 0; i < block; i++) {
-        uint32_t size = bits_of(x[i]) & 0x7FFFFFFF;
-        largest = size > largest ? size : largest;
-    }
-    return float_of(largest);
+    int32_t *largest = (int32_t *)kept;
+    for (int lane = 0; lane < WIDE; lane++)
+        largest[lane] = others[lane] > largest[lane] ? others[lane] : largest[lane];
+}
+
+INLINE void find_sizes(const float *x, int block, integers *largest)
+{
+    for (int i = 0; i < block; i += WIDE)
+        keep_largest(largest, *(const integers *)(x + i) & 0x7FFFFFFF);
+}
+
+INLINE int all_below(integers sizes, float limit)
+{
+    longs large = (longs)(sizes >= (int32_t)bits_of(limit));
+    return !(large[0] | large[1] | large[2] | large[3]);
+}
+
+INLINE float largest_of(integers sizes)
+{
+    int32_t largest = 0;
+    for (int lane = 0; lane < WIDE; lane++)
+        largest = sizes[lane] > largest ? sizes[lane] : largest;
+    return float_of((uint32_t)largest);
 }
 
 /* Values in units of `step`. */
@@ -74,40 +102,62 @@ INLINE void encode_block(const float *restrict x, int block, struct step step, i
         codes[i] = (int8_t)bits_of(x[i] * step.inverse + TO_INTEGER);
 }
 
-/* And what is told of them, but for the peak; sums of a few codes' squares are exact. */
-INLINE void measure_block(const float *restrict x, int block, struct step step, struct told *told)
+/* And what is told of them. */
+INLINE void measure_block(const float *restrict x, int block, struct step step, integers sizes,
+                          struct told_blocks *told)
 {
-    floats lost = {0}, square = {0};
     for (int i = 0; i < block; i += WIDE) {
         floats exact = *(const floats *)(x + i) * step.inverse;
         floats rounded = exact + TO_INTEGER - TO_INTEGER, off = rounded - exact;
-        lost += off * off;
-        square += rounded * rounded;
+        told->noise += off * off;
+        told->square += rounded * rounded;
     }
-    double area = (double)step.size * step.size;
-    struct sums more_noise = as_doubles(lost), more_square = as_doubles(square);
-    told->noise.low += more_noise.low * area;
-    told->noise.high += more_noise.high * area;
-    told->square.low += more_square.low * area;
-    told->square.high += more_square.high * area;
+    keep_largest(&told->peak, sizes);
+    told->number++;
 }
 
-/* `common`: the row's step, made from `wanted`. Most blocks have it, and are spared two divisions. Answers with the
- * block's step. */
-INLINE uint16_t quantise_block(const float *restrict x, int block, float wanted, struct step common,
-                               int8_t *restrict codes, struct told *told)
+/* Blocks of one step to their row's, and from the beginning. */
+INLINE void tell(struct told_blocks *blocks, struct step step, struct told *told)
 {
-    float peak = largest_of(x, block);
-    struct step step = common;
-    if (!(peak < 126.0f * wanted)) {
-        float least = peak / 127.0f;
-        step = step_from(least < wanted ? wanted : least);
+    double area = (double)step.size * step.size;
+    struct sums noise = as_doubles(blocks->noise), square = as_doubles(blocks->square);
+    told->noise.low += noise.low * area;
+    told->noise.high += noise.high * area;
+    told->square.low += square.low * area;
+    told->square.high += square.high * area;
+    float most = (largest_of(blocks->peak) * step.inverse + TO_INTEGER - TO_INTEGER) * step.size;
+    told->peak = most > told->peak ? most : told->peak;
+    *blocks = (struct told_blocks){0};
+}
+
+/* A step of its own, where the row's is too small. */
+INLINE struct step step_of_block(integers sizes, float wanted)
+{
+    float least = largest_of(sizes) / 127.0f;
+    return step_from(least < wanted ? wanted : least);
+}
+
+/* `common`: the row's step, made from `wanted`. Most blocks have it; they are summed up in `blocks`, and what they
+ * are told to have is told seldom. Answers with the block's step. */
+INLINE uint16_t quantise_block(const float *restrict x, int block, float wanted, struct step common,
+                               int8_t *restrict codes, struct told_blocks *blocks, struct told *told)
+{
+    integers sizes = {0}; /* in each lane the largest */
+    find_sizes(x, block, &sizes);
+    if (all_below(sizes, 126.0f * wanted)) {
+        encode_block(x, block, common, codes);
+        if (told)
+            measure_block(x, block, common, sizes, blocks);
+        if (told && blocks->number == MEASURED_AT_ONCE)
+            tell(blocks, common, told);
+        return common.half;
     }
+    struct step step = step_of_block(sizes, wanted);
     encode_block(x, block, step, codes);
     if (told) {
-        float most = (peak * step.inverse + TO_INTEGER - TO_INTEGER) * step.size;
-        told->peak = most > told->peak ? most : told->peak;
-        measure_block(x, block, step, told);
+        struct told_blocks own = {0};
+        measure_block(x, block, step, sizes, &own);
+        tell(&own, step, told);
     }
     return step.half;
 }
@@ -119,20 +169,24 @@ INLINE int quantise_row(const float *restrict x, size_t width, int block, float 
     float wanted = sum_sizes(x, width) / (float)width * factor;
     wanted = wanted < LARGEST_STEP ? wanted : LARGEST_STEP;
     struct step common = step_from(wanted);
+    struct told_blocks blocks = {0};
     size_t whole = width / block, rest = width % block;
     uint16_t largest = 0;
     for (size_t nth = 0; nth < whole; nth++) {
-        scale[nth] = quantise_block(x + nth * block, block, wanted, common, codes + nth * block, told);
+        const float *from = x + nth * block;
+        scale[nth] = quantise_block(from, block, wanted, common, codes + nth * block, &blocks, told);
         largest = scale[nth] > largest ? scale[nth] : largest;
     }
     if (rest) {
         float padded[WIDE_BLOCK] = {0}; /* zeros behind a narrow last block change nothing */
         int8_t padded_codes[WIDE_BLOCK];
         memcpy(padded, x + whole * block, rest * sizeof *x);
-        scale[whole] = quantise_block(padded, block, wanted, common, padded_codes, told);
+        scale[whole] = quantise_block(padded, block, wanted, common, padded_codes, &blocks, told);
         memcpy(codes + whole * block, padded_codes, rest);
         largest = scale[whole] > largest ? scale[whole] : largest;
     }
+    if (told)
+        tell(&blocks, common, told);
     return largest < 0x7C00;
 }
 
@@ -147,11 +201,24 @@ struct rows {
     float *peak;
 };
 
+INLINE const float *row_of(const struct rows *all, Py_ssize_t row)
+{
+    return all->x + (all->chosen ? all->chosen[row] : row) * all->width;
+}
+
+/* Have a row on its way while the one before is worked on; processors by themselves stop where a page ends. */
+INLINE void fetch(const float *row, Py_ssize_t width)
+{
+    for (Py_ssize_t at = 0; at < width && at < FETCHED; at += 16)
+        __builtin_prefetch(row + at);
+}
+
 /* The first row that cannot be stored, or -1. */
 INLINE Py_ssize_t quantise_rows(const struct rows *all, int block, float factor, int measured)
 {
     for (Py_ssize_t row = 0; row < all->number; row++) {
-        const float *x = all->x + (all->chosen ? all->chosen[row] : row) * all->width;
+        const float *x = row_of(all, row);
+        fetch(row_of(all, row + 1 < all->number ? row + 1 : row), all->width);
         uint16_t *scale = all->scale + row * n_blocks(all->width, block);
         struct told told = {0};
         if (!quantise_row(x, all->width, block, factor, all->codes + row * all->width, scale, measured ? &told : NULL))
