@@ -2,7 +2,7 @@
  * row, which lies far from the processor, and all the rest of the work on the chunk, which lies near. */
 #include "kernels.h"
 
-enum { CHUNK = 64, GROUPS = 8, TILE = 1024 };
+enum { CHUNK = 64, GROUPS = 8, TILE = 1024, AHEAD = 4 };
 
 /* Whether every row that `order` asks for is there, and its group too. */
 static int in_range(const Py_buffer *order, const Py_buffer *group)
@@ -19,8 +19,11 @@ static int in_range(const Py_buffer *order, const Py_buffer *group)
 /* Rows of `bytes` bytes; zeros behind the last. */
 static void gather(const char *from, Py_ssize_t bytes, const int64_t *order, Py_ssize_t tokens, char *chunk)
 {
-    for (Py_ssize_t token = 0; token < tokens; token++)
+    for (Py_ssize_t token = 0; token < tokens; token++) {
+        if (token + AHEAD < tokens)
+            fetch(from + order[token + AHEAD] * bytes, bytes);
         memcpy(chunk + token * bytes, from + order[token] * bytes, bytes);
+    }
     memset(chunk + tokens * bytes, 0, (CHUNK - tokens) * bytes);
 }
 
