@@ -1,6 +1,6 @@
 """Writing speed of a cache, as a ratio to what the codec alone does on the same threads, in one run.
 
-    python benchmarks/bench_write.py [--threads 2] [--tokens 16384] [--folder DIR] [--repeats 3]
+    python benchmarks/bench_write.py [--threads 2] [--tokens 65536] [--folder DIR] [--repeats 3]
 
 Values are random, not a model's: Student's t with 4 degrees of freedom, a size of its own for each channel
 and token, and a few massive channels. The codec alone quantises (or rounds to bf16) and encodes the same
@@ -44,14 +44,15 @@ SHAPES = {"LLaVA": (4, 4096), "SmolLM2": (30, 576)}
 """Layers (of LLaVA only some) and width."""
 AT_ONCE = 512
 """Tokens of one sample."""
-WINDOW = 2048
+WINDOW = 16_384
+"""As `clt harvest` has it where nothing is asked for."""
 MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--repeats", type=int, default=3, help="rounds, taken in turn")
     parser.add_argument("--folder", type=Path, default=MEMORY, help="where the caches are made")
     asked = parser.parse_args()
