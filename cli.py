@@ -7,7 +7,7 @@ import resource
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -60,9 +60,21 @@ for name, command in COMMANDS.items():
 def _fail(fault: BaseException, code: int, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exception(fault)
-    text = fault.format_message() if hasattr(fault, "format_message") else str(fault)
+    text = _usage_text(fault) if isinstance(fault, UsageError) else str(fault)
     print(f"error: {' '.join(text.split()) or type(fault).__name__}", file=sys.stderr)
     sys.exit(code)
+
+
+def _usage_text(fault: Any) -> str:
+    """What is wrong with the words that were typed, what the option is for, and how the command is called."""
+    text: str = fault.format_message()
+    option, context = getattr(fault, "param", None), getattr(fault, "ctx", None)
+    if getattr(option, "help", None):
+        text = f"{text.rstrip('.')}: {option.help}"
+    if context is None:
+        return text
+    usage = context.get_usage().removeprefix("Usage: ")
+    return f"{text.rstrip('.')}; usage: {usage}, see `{context.command_path} --help`"
 
 
 def main() -> None:

@@ -34,8 +34,13 @@ def test_every_command_has_help(command: str) -> None:
     ("arguments", "message"),
     [
         (["frobnicate"], "No such command 'frobnicate'"),
-        (["train", "x"], "Missing option '--run-name'"),
+        (["frobnicate"], "see `clt --help`"),
+        (["train", "x"], "Missing option '--run-name': writes checkpoints/NAME; usage: clt train [OPTIONS]"),
         (["train", "x", "--run-name", "y", "--frob"], "No such option: --frob"),
+        (
+            ["harvest", "--model", "x"],
+            "usage: clt harvest [OPTIONS] {model} {dataset} {cache}, see `clt harv",
+        ),
         (
             ["train", "nowhere", "--run-name", "y"],
             "nowhere is no cache: expected a file zarr.json in it, found none",
