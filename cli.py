@@ -68,9 +68,9 @@ def _fail(fault: BaseException, code: int, debug: bool) -> NoReturn:
 def _usage_text(fault: Any) -> str:
     """What is wrong with the words that were typed, what the option is for, and how the command is called."""
     text: str = fault.format_message()
-    option, context = getattr(fault, "param", None), getattr(fault, "ctx", None)
-    if getattr(option, "help", None):
-        text = f"{text.rstrip('.')}: {option.help}"
+    context, purpose = getattr(fault, "ctx", None), getattr(getattr(fault, "param", None), "help", None)
+    if purpose:
+        text = f"{text.rstrip('.')}: {purpose}"
     if context is None:
         return text
     usage = context.get_usage().removeprefix("Usage: ")
