@@ -27,7 +27,7 @@ AT_ONCE = 1 << 18
 def gather_codes(
     of: Quantised, order: Places, group: Places, sums: Doubles
 ) -> Iterator[tuple[Frames, Scales]]:
-    """Codes of some chunks, and their steps (chunk, token, block), which lie in memory of their own.
+    """Codes of some chunks, encoded, and their steps (chunk, token, block), which lie in memory of their own.
 
     order: place on disk -> row; group (row,): 0 to N_GROUPS - 1; sums (N_GROUPS, d_model): added to.
     """

@@ -1,5 +1,5 @@
-/* What quantise.c, its headers and gather.c share. Sums run in an order that is written down, so that no bit depends on the
- * processor; vectors are of 32 bytes: gcc keeps wider ones in memory where the processor has none. */
+/* What quantise.c, its headers and gather.c share. Sums run in an order that is written down, so that no bit depends
+ * on the processor; vectors are of 32 bytes: gcc keeps wider ones in memory where the processor has none. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <math.h>

@@ -133,8 +133,8 @@ INLINE struct step step_of_block(integers sizes, float wanted)
     return step_from(least < wanted ? wanted : least);
 }
 
-/* `common`: the row's step, made from `wanted`. Most blocks have it; they are summed up in `blocks`, and what they
- * are told to have is told seldom. Answers with the block's step. */
+/* `common`: the row's step, made from `wanted`. Most blocks have it, and are told of together: they add to `blocks`,
+ * which the row tells of at its end. Answers with the block's step. */
 INLINE uint16_t quantise_block(const float *restrict x, int block, float wanted, struct step common,
                                int8_t *restrict codes, struct told_blocks *blocks, struct told *told)
 {
