@@ -1,8 +1,9 @@
 /* A window's rows into chunks, in their stored order, and the sums of what they hold by group: one look at each
- * row, which lies far from the processor, and all the rest of the work on the chunk, which lies near. */
+ * row, which lies far from the processor. A chunk's rows of one group are added up in float32, in their order, and
+ * these sums to the window's in float64. */
 #include "kernels.h"
 
-enum { CHUNK = 64, GROUPS = 8, TILE = 1024, AHEAD = 4 };
+enum { CHUNK = 64, GROUPS = 8, TILE = 4096, TOGETHER = 2, BITS = 0 };
 
 /* Whether every row that `order` asks for is there, and its group too. */
 static int in_range(const Py_buffer *order, const Py_buffer *group)
@@ -16,66 +17,167 @@ static int in_range(const Py_buffer *order, const Py_buffer *group)
     return 1;
 }
 
-/* Rows of `bytes` bytes; zeros behind the last. */
-static void gather(const char *from, Py_ssize_t bytes, const int64_t *order, Py_ssize_t tokens, char *chunk)
+/* Places in a chunk sorted by group, those of a group in their order. */
+struct sorted {
+    int number[GROUPS], place[CHUNK + TOGETHER];
+};
+
+static struct sorted sort_by_group(const int64_t *order, int tokens, const int64_t *group)
 {
-    for (Py_ssize_t token = 0; token < tokens; token++) {
-        if (token + AHEAD < tokens)
-            fetch(from + order[token + AHEAD] * bytes, bytes);
-        memcpy(chunk + token * bytes, from + order[token] * bytes, bytes);
+    struct sorted sorted = {{0}, {0}};
+    int next[GROUPS] = {0};
+    for (int place = 0; place < tokens; place++)
+        sorted.number[group[order[place]]]++;
+    for (int nth = 1; nth < GROUPS; nth++)
+        next[nth] = next[nth - 1] + sorted.number[nth - 1];
+    for (int place = 0; place < tokens; place++)
+        sorted.place[next[group[order[place]]]++] = place;
+    return sorted;
+}
+
+/* A window's rows, which of them a chunk takes, and where that is put together. */
+struct chunk {
+    const void *rows;
+    const uint16_t *scale; /* of codes */
+    Py_ssize_t width;
+    const int64_t *order;
+    uint8_t *low, *high; /* codes, or the bytes of bits */
+};
+
+/* Numbers of some rows, in steps of one block; a code times its step has 19 digits at most and is exact. */
+INLINE void add_codes(const int8_t *const *codes, const float *step, int rows, int n, float *restrict sums)
+{
+    for (int i = 0; i < n; i++) {
+        float sum = sums[i];
+        for (int nth = 0; nth < rows; nth++)
+            sum += (float)codes[nth][i] * step[nth];
+        sums[i] = sum;
     }
-    memset(chunk + tokens * bytes, 0, (CHUNK - tokens) * bytes);
 }
 
-/* One block of a row; the product has 19 digits at most and is exact. */
-INLINE void add_codes(const int8_t *restrict codes, float step, int n, double *restrict sums)
+/* Numbers [start, start + n) of rows: to their places, and added to `sums`. */
+INLINE void take_codes(const struct chunk *chunk, int block, const int *place, int rows, Py_ssize_t start, int n,
+                       float *restrict sums)
 {
-    for (int i = 0; i < n; i++)
-        sums[i] += (double)((float)codes[i] * step);
+    const int8_t *codes[TOGETHER];
+    const uint16_t *steps[TOGETHER];
+    float step[TOGETHER];
+    for (int nth = 0; nth < rows; nth++) {
+        int64_t row = chunk->order[place[nth]];
+        codes[nth] = (const int8_t *)chunk->rows + row * chunk->width + start;
+        steps[nth] = chunk->scale + row * n_blocks(chunk->width, block) + start / block;
+        memcpy(chunk->low + place[nth] * chunk->width + start, codes[nth], n);
+    }
+    for (int at = 0; at < n; at += block) {
+        for (int nth = 0; nth < rows; nth++)
+            step[nth] = half_to_float(*steps[nth]++);
+        if (n - at < block)
+            add_codes(codes, step, rows, n - at, sums + at);
+        else
+            add_codes(codes, step, rows, block, sums + at);
+        for (int nth = 0; nth < rows; nth++)
+            codes[nth] += block;
+    }
 }
 
-INLINE void add_rows(const int8_t *codes, const uint16_t *scale, Py_ssize_t width, int block, const int64_t *order,
-                     Py_ssize_t tokens, const int64_t *group, double *sums)
+INLINE void split(const uint16_t *restrict bits, int n, uint8_t *restrict low, uint8_t *restrict high)
 {
-    for (Py_ssize_t start = 0; start < width; start += TILE)
-        for (Py_ssize_t token = 0; token < tokens; token++) {
-            double *sum = sums + group[order[token]] * width;
-            const int8_t *row = codes + token * width;
-            const uint16_t *steps = scale + token * n_blocks(width, block);
-            Py_ssize_t at = start, end = start + TILE < width ? start + TILE : width;
-            for (; at + block <= end; at += block)
-                add_codes(row + at, half_to_float(steps[at / block]), block, sum + at);
-            if (at < end)
-                add_codes(row + at, half_to_float(steps[at / block]), (int)(end - at), sum + at);
-        }
-}
-
-/* Each with a block that the compiler knows. */
-WIDEST static void add_narrow(const int8_t *codes, const uint16_t *scale, Py_ssize_t width, const int64_t *order,
-                              Py_ssize_t tokens, const int64_t *group, double *sums)
-{
-    add_rows(codes, scale, width, NARROW_BLOCK, order, tokens, group, sums);
-}
-
-WIDEST static void add_wide(const int8_t *codes, const uint16_t *scale, Py_ssize_t width, const int64_t *order,
-                            Py_ssize_t tokens, const int64_t *group, double *sums)
-{
-    add_rows(codes, scale, width, WIDE_BLOCK, order, tokens, group, sums);
-}
-
-WIDEST static void split_row(const uint16_t *restrict bits, Py_ssize_t width, uint8_t *restrict low,
-                             uint8_t *restrict high)
-{
-    for (Py_ssize_t i = 0; i < width; i++) {
+    for (int i = 0; i < n; i++) {
         low[i] = (uint8_t)bits[i];
         high[i] = (uint8_t)(bits[i] >> 8);
     }
 }
 
-WIDEST static void add_row(const uint16_t *restrict bits, Py_ssize_t width, double *restrict sums)
+INLINE void take_bits(const struct chunk *chunk, const int *place, int rows, Py_ssize_t start, int n,
+                      float *restrict sums)
 {
-    for (Py_ssize_t i = 0; i < width; i++)
-        sums[i] += (double)float_of((uint32_t)bits[i] << 16);
+    const uint16_t *bits[TOGETHER];
+    for (int nth = 0; nth < rows; nth++) {
+        Py_ssize_t to = place[nth] * chunk->width + start;
+        bits[nth] = (const uint16_t *)chunk->rows + chunk->order[place[nth]] * chunk->width + start;
+        split(bits[nth], n, chunk->low + to, chunk->high + to);
+    }
+    for (int i = 0; i < n; i++) {
+        float sum = sums[i];
+        for (int nth = 0; nth < rows; nth++)
+            sum += float_of((uint32_t)bits[nth][i] << 16);
+        sums[i] = sum;
+    }
+}
+
+INLINE void take(const struct chunk *chunk, int block, const int *place, int rows, Py_ssize_t start, int n,
+                 float *restrict sums)
+{
+    Py_ssize_t bytes = block == BITS ? 2 : 1;
+    for (int nth = 0; nth < rows; nth++) /* those that come next */
+        fetch((const char *)chunk->rows + (chunk->order[place[rows + nth]] * chunk->width + start) * bytes, n * bytes);
+    if (block == BITS)
+        take_bits(chunk, place, rows, start, n, sums);
+    else
+        take_codes(chunk, block, place, rows, start, n, sums);
+}
+
+/* block: BITS where rows are bits. */
+INLINE void take_chunk(const struct chunk *chunk, int block, const struct sorted *sorted, double *restrict sums)
+{
+    for (Py_ssize_t start = 0; start < chunk->width; start += TILE) {
+        int n = chunk->width - start < TILE ? (int)(chunk->width - start) : TILE;
+        const int *place = sorted->place;
+        for (int group = 0; group < GROUPS; group++) {
+            float part[TILE];
+            const int *end = place + sorted->number[group];
+            if (place == end)
+                continue;
+            memset(part, 0, n * sizeof *part);
+            for (; place + TOGETHER <= end; place += TOGETHER)
+                take(chunk, block, place, TOGETHER, start, n, part);
+            for (; place < end; place++)
+                take(chunk, block, place, 1, start, n, part);
+            for (int i = 0; i < n; i++)
+                sums[group * chunk->width + start + i] += part[i];
+        }
+    }
+}
+
+/* Each with a block that the compiler knows. */
+WIDEST static void take_narrow(const struct chunk *chunk, const struct sorted *sorted, double *sums)
+{
+    take_chunk(chunk, NARROW_BLOCK, sorted, sums);
+}
+
+WIDEST static void take_wide(const struct chunk *chunk, const struct sorted *sorted, double *sums)
+{
+    take_chunk(chunk, WIDE_BLOCK, sorted, sums);
+}
+
+WIDEST static void take_planes(const struct chunk *chunk, const struct sorted *sorted, double *sums)
+{
+    take_chunk(chunk, BITS, sorted, sums);
+}
+
+/* All chunks of `order`, one behind the other. */
+static void take_all(struct chunk chunk, Py_ssize_t tokens, const int64_t *group, double *sums,
+                     void (*take_one)(const struct chunk *, const struct sorted *, double *))
+{
+    for (; tokens > 0; tokens -= CHUNK) {
+        struct sorted sorted = sort_by_group(chunk.order, tokens < CHUNK ? (int)tokens : CHUNK, group);
+        take_one(&chunk, &sorted, sums);
+        chunk.order += CHUNK;
+        chunk.low += CHUNK * chunk.width;
+        chunk.high = chunk.high ? chunk.high + CHUNK * chunk.width : NULL;
+    }
+}
+
+static void take_scale(const char *from, Py_ssize_t bytes, const int64_t *order, Py_ssize_t tokens, char *to)
+{
+    for (Py_ssize_t token = 0; token < tokens; token++)
+        memcpy(to + token * bytes, from + order[token] * bytes, bytes);
+}
+
+/* Zeros behind the last token of the last chunk. */
+static void clear_rest(void *rows, Py_ssize_t bytes, Py_ssize_t tokens)
+{
+    memset((char *)rows + tokens * bytes, 0, (CHUNK - tokens % CHUNK) % CHUNK * bytes);
 }
 
 /* Rows of all chunks that `order` fills, the last one perhaps in part. */
@@ -112,16 +214,11 @@ static PyObject *gather_codes(PyObject *module, PyObject *arguments)
               && holds(&at[SUMS], GROUPS, width, sizeof(double)) && in_range(&at[ORDER], &at[GROUP]);
     if (fit) {
         Py_BEGIN_ALLOW_THREADS;
-        for (Py_ssize_t start = 0; start < tokens; start += CHUNK) {
-            Py_ssize_t here = tokens - start < CHUNK ? tokens - start : CHUNK;
-            const int64_t *order = (int64_t *)at[ORDER].buf + start;
-            char *codes = (char *)at[CHUNK_CODES].buf + start * width;
-            char *steps = (char *)at[CHUNK_SCALE].buf + start * scales;
-            gather(at[CODES].buf, width, order, here, codes);
-            gather(at[SCALE].buf, scales, order, here, steps);
-            (block == NARROW_BLOCK ? add_narrow : add_wide)((int8_t *)codes, (uint16_t *)steps, width, order, here,
-                                                            at[GROUP].buf, at[SUMS].buf);
-        }
+        struct chunk chunk = {at[CODES].buf, at[SCALE].buf, width, at[ORDER].buf, at[CHUNK_CODES].buf, NULL};
+        take_all(chunk, tokens, at[GROUP].buf, at[SUMS].buf, block == NARROW_BLOCK ? take_narrow : take_wide);
+        take_scale(at[SCALE].buf, scales, chunk.order, tokens, at[CHUNK_SCALE].buf);
+        clear_rest(at[CHUNK_CODES].buf, width, tokens);
+        clear_rest(at[CHUNK_SCALE].buf, scales, tokens);
         Py_END_ALLOW_THREADS;
     }
     return finish(at, ALL, fit);
@@ -129,29 +226,24 @@ static PyObject *gather_codes(PyObject *module, PyObject *arguments)
 
 static PyObject *gather_planes(PyObject *module, PyObject *arguments)
 {
-    enum { BITS, ORDER, GROUP, LOW, HIGH, SUMS, ALL };
+    enum { ROWS, ORDER, GROUP, LOW, HIGH, SUMS, ALL };
     Py_buffer at[ALL] = {{0}};
     Py_ssize_t width;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*ny*y*w*w*w*", &at[BITS], &width, &at[ORDER], &at[GROUP], &at[LOW],
+    if (!PyArg_ParseTuple(arguments, "y*ny*y*w*w*w*", &at[ROWS], &width, &at[ORDER], &at[GROUP], &at[LOW],
                           &at[HIGH], &at[SUMS]))
         return NULL;
     Py_ssize_t rows = at[GROUP].len / 8, tokens = at[ORDER].len / 8;
-    int fit = width > 0 && holds(&at[BITS], rows, width, 2) && holds(&at[GROUP], rows, 1, 8)
+    int fit = width > 0 && holds(&at[ROWS], rows, width, 2) && holds(&at[GROUP], rows, 1, 8)
               && holds(&at[ORDER], tokens, 1, 8) && holds(&at[LOW], rows_of(&at[ORDER]), width, 1)
               && holds(&at[HIGH], rows_of(&at[ORDER]), width, 1)
               && holds(&at[SUMS], GROUPS, width, sizeof(double)) && in_range(&at[ORDER], &at[GROUP]);
     if (fit) {
-        uint8_t *low = at[LOW].buf, *high = at[HIGH].buf;
         Py_BEGIN_ALLOW_THREADS;
-        for (Py_ssize_t token = 0; token < tokens; token++) {
-            int64_t row = ((int64_t *)at[ORDER].buf)[token], group = ((int64_t *)at[GROUP].buf)[row];
-            const uint16_t *bits = (uint16_t *)at[BITS].buf + row * width;
-            split_row(bits, width, low + token * width, high + token * width);
-            add_row(bits, width, (double *)at[SUMS].buf + group * width);
-        }
-        memset(low + tokens * width, 0, (rows_of(&at[ORDER]) - tokens) * width);
-        memset(high + tokens * width, 0, (rows_of(&at[ORDER]) - tokens) * width);
+        struct chunk chunk = {at[ROWS].buf, NULL, width, at[ORDER].buf, at[LOW].buf, at[HIGH].buf};
+        take_all(chunk, tokens, at[GROUP].buf, at[SUMS].buf, take_planes);
+        clear_rest(at[LOW].buf, width, tokens);
+        clear_rest(at[HIGH].buf, width, tokens);
         Py_END_ALLOW_THREADS;
     }
     return finish(at, ALL, fit);

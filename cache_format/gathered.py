@@ -70,10 +70,15 @@ def _by_chunk(rows: Array) -> Array:
 
 
 def _add(values: Floats, group: Places, sums: Doubles) -> None:
-    """One vector after the other, in float64: a sink's massive channels swallow no digits of the others."""
-    with np.errstate(invalid="ignore"):  # bf16 keeps NaN and infinity; the statistics then say so
-        for vector, which in zip(values, group, strict=False):  # behind the last one lies padding
-            sums[which] += vector
+    """Of each chunk one vector after the other in float32, and these sums in float64: fast, and as exact as is
+    asked of a mean of stored vectors."""
+    with np.errstate(invalid="ignore", over="ignore"):  # bf16 keeps NaN and infinity; the statistics say so
+        for start in range(0, len(group), CHUNK):
+            of_chunk = np.zeros(sums.shape, np.float32)
+            here = group[start : start + CHUNK]
+            for vector, which in zip(values[start : start + len(here)], here, strict=True):
+                of_chunk[which] += vector
+            sums += of_chunk
 
 
 def _padded(rows: Array) -> Array:

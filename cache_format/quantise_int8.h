@@ -158,9 +158,10 @@ INLINE uint16_t quantise_block(const float *restrict x, int block, float wanted,
     return step.half;
 }
 
-/* told: NULL where nobody asks. Whether the row could be stored. */
-INLINE int quantise_row(const float *restrict x, size_t width, int block, float factor, int8_t *restrict codes,
-                        uint16_t *restrict scale, struct told *told)
+/* next: the row that comes after, on its way while this one is done. told: NULL where nobody asks. Whether the row
+ * could be stored. */
+INLINE int quantise_row(const float *restrict x, const float *next, size_t width, int block, float factor,
+                        int8_t *restrict codes, uint16_t *restrict scale, struct told *told)
 {
     float wanted = sum_sizes(x, width) / (float)width * factor;
     wanted = wanted < LARGEST_STEP ? wanted : LARGEST_STEP;
@@ -170,6 +171,7 @@ INLINE int quantise_row(const float *restrict x, size_t width, int block, float 
     uint16_t largest = 0;
     for (size_t nth = 0; nth < whole; nth++) {
         const float *from = x + nth * block;
+        fetch(next + nth * block, block * (Py_ssize_t)sizeof *x);
         scale[nth] = quantise_block(from, block, wanted, common, codes + nth * block, &blocks, told);
         largest = scale[nth] > largest ? scale[nth] : largest;
     }
@@ -207,10 +209,11 @@ INLINE Py_ssize_t quantise_rows(const struct rows *all, int block, float factor,
 {
     for (Py_ssize_t row = 0; row < all->number; row++) {
         const float *x = row_of(all, row);
-        fetch(row_of(all, row + 1 < all->number ? row + 1 : row), all->width * (Py_ssize_t)sizeof *x);
+        const float *next = row_of(all, row + 1 < all->number ? row + 1 : row);
         uint16_t *scale = all->scale + row * n_blocks(all->width, block);
         struct told told = {0};
-        if (!quantise_row(x, all->width, block, factor, all->codes + row * all->width, scale, measured ? &told : NULL))
+        if (!quantise_row(x, next, all->width, block, factor, all->codes + row * all->width, scale,
+                          measured ? &told : NULL))
             return row;
         if (measured) {
             all->noise[row] = (float)total(told.noise);
