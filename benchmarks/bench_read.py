@@ -6,7 +6,7 @@ A cache of LLaVA-1.5-7B's width (32 layers x 4096 channels, int8, in and out) is
 folder with values of the demo model's shape (heavy tails by channel and by token; the bits a value are
 printed). Each reader then delivers every chunk once, codes and scales of both sites, in the same random order
 of chunks and in the same buffers. The limit decodes the same stored bytes, already in memory, with the same
-threads and nothing else. Rounds alternate between readers; shown is the median of the rounds' speeds, in
+threads and nothing else. Readers take turns; shown is the median of the rounds' speeds, in
 bf16-equivalent bytes, and of their ratios to the limit in the same round; "CPU" is that ratio of the
 processor's seconds, which other work on the machine hardly changes. Cold: the kernel drops the files' pages
 first.
@@ -325,12 +325,20 @@ def compare(setting: Setting, readers: list[Reader], repeats: int) -> None:
 
 
 def warm_times(setting: Setting, readers: list[Reader], repeats: int) -> dict[str, list[Seconds]]:
-    """Of an epoch, by reader; files are open and in memory."""
+    """Of an epoch, by reader; files are open and in memory. Readers take turns buffer by buffer, each round
+    another one first: the machine's own speed changes within seconds."""
     opened = {reader.name: reader.open(setting) for reader in readers}
     for read in opened.values():
-        epoch(setting, read)
-    rounds = [{name: epoch(setting, read) for name, read in opened.items()} for _ in range(repeats)]
-    return {name: [one[name] for one in rounds] for name in opened}
+        epoch(setting.buffers, read)
+    found: dict[str, list[Seconds]] = {name: [] for name in opened}
+    for nth in range(repeats):
+        first = nth % len(readers)
+        turns = [*opened.items()][first:] + [*opened.items()][:first]
+        taken = [{name: epoch([chunks], read) for name, read in turns} for chunks in setting.buffers]
+        for name, seconds in found.items():
+            clocks, cpus = zip(*(one[name] for one in taken), strict=True)
+            seconds.append(Seconds(sum(clocks), sum(cpus)))
+    return found
 
 
 def cold_times(setting: Setting, readers: list[Reader], repeats: int) -> dict[str, list[Seconds]]:
@@ -340,13 +348,13 @@ def cold_times(setting: Setting, readers: list[Reader], repeats: int) -> dict[st
         for reader in readers:
             gc.collect()
             drop_pages(setting.path.parent)
-            found[reader.name].append(epoch(setting, reader.open(setting)))
+            found[reader.name].append(epoch(setting.buffers, reader.open(setting)))
     return found
 
 
-def epoch(setting: Setting, read: Read) -> Seconds:
+def epoch(buffers: list[Array], read: Read) -> Seconds:
     began, worked = time.perf_counter(), time.process_time()
-    for chunks in setting.buffers:
+    for chunks in buffers:
         read(chunks)
     return Seconds(time.perf_counter() - began, time.process_time() - worked)
 

@@ -1,17 +1,25 @@
 """Files that are whole or absent: written beside, synced, renamed."""
 
+import mmap
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from google_crc32c import extend as add_to_crc32c
 
-from .codec import Stored
+from .codec import Bytes, Stored
 from .errors import DamagedCacheError
 
 BUFFER = 1 << 18
-"""Bytes that are gathered for a write: many parts are small."""
+"""Bytes that are gathered for a write: many parts are small. Their memory begins where a page does, as the
+system's does: AMD's processors with `fsrm` copy at a sixth of their speed where the target's place in its
+page is less than 32 bytes behind the source's."""
+
+_LOCAL = threading.local()
 
 
 def write_file(path: Path, data: Stored, writer: int = 0) -> None:
@@ -30,16 +38,27 @@ class FileBeside:
         self._path, self._partial = path, partial_path(path, writer)
         self.size, check = 0, 0
         try:
-            with open(self._partial, "wb", BUFFER) as file:
+            with open(self._partial, "wb", 0) as file, _buffer() as buffer:
                 for part in parts:
-                    file.write(part)
+                    self._fill(buffer, part, file)
                     self.size, check = self.size + len(part), _add(check, part)
-                file.flush()
+                _write_all(file, buffer[: self.size % BUFFER])
                 self._descriptor = os.dup(file.fileno())  # open on: an error of a later write shows in fsync
         except BaseException:
             self._partial.unlink(missing_ok=True)
             raise
         self.crc32c = f"{check:08x}"
+
+    def _fill(self, buffer: Bytes, part: Stored, file: IO[bytes]) -> None:
+        """Write the buffer each time that it is full."""
+        data, done = np.frombuffer(part, np.uint8), 0
+        while done < len(data):
+            start = (self.size + done) % BUFFER
+            some = data[done : done + BUFFER - start]
+            buffer[start : start + len(some)] = some
+            done += len(some)
+            if start + len(some) == BUFFER:
+                _write_all(file, buffer)
 
     def place(self) -> None:
         """Make it durable, and put it in its place; its folder is not synced."""
@@ -61,6 +80,21 @@ class FileBeside:
     def _close(self) -> None:
         os.close(self._descriptor)
         self._descriptor = -1
+
+
+@contextmanager
+def _buffer() -> Iterator[Bytes]:
+    """This thread's, for new memory is slow."""
+    buffer = _LOCAL.__dict__.pop("buffer", None)
+    if buffer is None:
+        buffer = np.frombuffer(mmap.mmap(-1, BUFFER), np.uint8)
+    yield buffer
+    _LOCAL.buffer = buffer
+
+
+def _write_all(file: IO[bytes], data: Bytes) -> None:
+    while len(data):
+        data = data[file.write(data.data) :]
 
 
 def partial_path(path: Path, writer: int = 0) -> Path:

@@ -44,9 +44,13 @@ struct chunk {
     uint8_t *low, *high; /* codes, or the bytes of bits */
 };
 
-/* Numbers of some rows, in steps of one block; a code times its step has 19 digits at most and is exact. */
-INLINE void add_codes(const int8_t *const *codes, const float *step, int rows, int n, float *restrict sums)
+/* Numbers of some rows, in steps of one block, to their places and added to `sums`; a code times its step has 19
+ * digits at most and is exact. Few bytes at a time: memcpy of a whole row may be slow, as files.py says. */
+INLINE void add_codes(const int8_t *const *codes, const float *step, int rows, int n, int8_t *const *to,
+                      float *restrict sums)
 {
+    for (int nth = 0; nth < rows; nth++)
+        memcpy(to[nth], codes[nth], n);
     for (int i = 0; i < n; i++) {
         float sum = sums[i];
         for (int nth = 0; nth < rows; nth++)
@@ -55,28 +59,29 @@ INLINE void add_codes(const int8_t *const *codes, const float *step, int rows, i
     }
 }
 
-/* Numbers [start, start + n) of rows: to their places, and added to `sums`. */
+/* Numbers [start, start + n) of rows. */
 INLINE void take_codes(const struct chunk *chunk, int block, const int *place, int rows, Py_ssize_t start, int n,
                        float *restrict sums)
 {
     const int8_t *codes[TOGETHER];
+    int8_t *to[TOGETHER];
     const uint16_t *steps[TOGETHER];
     float step[TOGETHER];
     for (int nth = 0; nth < rows; nth++) {
         int64_t row = chunk->order[place[nth]];
         codes[nth] = (const int8_t *)chunk->rows + row * chunk->width + start;
         steps[nth] = chunk->scale + row * n_blocks(chunk->width, block) + start / block;
-        memcpy(chunk->low + place[nth] * chunk->width + start, codes[nth], n);
+        to[nth] = (int8_t *)chunk->low + place[nth] * chunk->width + start;
     }
     for (int at = 0; at < n; at += block) {
         for (int nth = 0; nth < rows; nth++)
             step[nth] = half_to_float(*steps[nth]++);
         if (n - at < block)
-            add_codes(codes, step, rows, n - at, sums + at);
+            add_codes(codes, step, rows, n - at, to, sums + at);
         else
-            add_codes(codes, step, rows, block, sums + at);
+            add_codes(codes, step, rows, block, to, sums + at);
         for (int nth = 0; nth < rows; nth++)
-            codes[nth] += block;
+            codes[nth] += block, to[nth] += block;
     }
 }
 

@@ -70,8 +70,8 @@ def _by_chunk(rows: Array) -> Array:
 
 
 def _add(values: Floats, group: Places, sums: Doubles) -> None:
-    """Of each chunk one vector after the other in float32, and these sums in float64: fast, and as exact as is
-    asked of a mean of stored vectors."""
+    """Of each chunk one vector after the other in float32, and these sums in float64: fast, and exact enough
+    for means of stored vectors."""
     with np.errstate(invalid="ignore", over="ignore"):  # bf16 keeps NaN and infinity; the statistics say so
         for start in range(0, len(group), CHUNK):
             of_chunk = np.zeros(sums.shape, np.float32)

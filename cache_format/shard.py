@@ -151,7 +151,7 @@ class Shard:
     def _bytes(self, start: int, size: int) -> memoryview:
         if self._map is not None:
             return memoryview(self._map)[start : start + size]
-        data, found = _scratch(size, spare=size // 2), 0
+        data, found = _scratch(start, size), 0
         while found < size:
             read = self._read(data[found:], start + found)
             if not read:
@@ -182,10 +182,11 @@ def _joined(places: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
         yield begin, end
 
 
-def _scratch(size: int, spare: int) -> memoryview:
-    """This thread's room for stored bytes: new memory costs a page fault every 4 KiB.
+def _scratch(start: int, size: int) -> memoryview:
+    """This thread's room for stored bytes from `start` of a file: new memory costs a page fault every 4 KiB.
 
-    spare: more than is asked for, where a little more will be asked for next."""
-    if len(getattr(_LOCAL, "scratch", b"")) < size:
-        _LOCAL.scratch = bytearray(size + spare)
-    return memoryview(_LOCAL.scratch)[:size]
+    It lies in its page as the bytes do in theirs, for the reason that `files.BUFFER` gives."""
+    lead = start % mmap.PAGESIZE
+    if len(getattr(_LOCAL, "scratch", b"")) < lead + size:
+        _LOCAL.scratch = mmap.mmap(-1, lead + size + size // 2)  # a little more will be asked for next
+    return memoryview(_LOCAL.scratch)[lead : lead + size]
