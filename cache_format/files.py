@@ -43,6 +43,7 @@ class FileBeside:
                     self._fill(buffer, part, file)
                     self.size, check = self.size + len(part), _add(check, part)
                 _write_all(file, buffer[: self.size % BUFFER])
+                _send_on(file)
                 self._descriptor = os.dup(file.fileno())  # open on: an error of a later write shows in fsync
         except BaseException:
             self._partial.unlink(missing_ok=True)
@@ -95,6 +96,12 @@ def _buffer() -> Iterator[Bytes]:
 def _write_all(file: IO[bytes], data: Bytes) -> None:
     while len(data):
         data = data[file.write(data.data) :]
+
+
+def _send_on(file: IO[bytes]) -> None:
+    """Have the disk begin with what was written, where the system can be told so."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def partial_path(path: Path, writer: int = 0) -> Path:
