@@ -9,9 +9,8 @@ process and with the heap of the harvest. The harvest is all of `clt harvest` bu
 tokenises and packs, runs the model, quantises, encodes, writes and syncs, to its last window.
 
 On a CPU a harvest has the C library keep freed memory (`clt/heap.py`), which makes the forward pass itself
-faster, and OpenMP's threads sleep soon (`clt/spare_time.py`), which makes it a little slower. "Apart" is the
-ratio to a bare forward without either, in a process of its own, as torch and transformers come: what a user
-gains or loses, but not what the harvest adds to a forward pass.
+faster. "Apart" is the ratio to a bare forward without that, in a process of its own, as torch and
+transformers come: what a user gains or loses, but not what the harvest adds to a forward pass.
 
 Ratios are medians of the rounds'. Seconds are by the clock; "CPU" is the ratio of the processor's seconds,
 which other work on the machine changes less. Waiting is what the harvest's own thread waited for.
@@ -19,7 +18,6 @@ which other work on the machine changes less. Waiting is what the harvest's own 
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -43,7 +41,6 @@ from clt.harvest.model import LoadedModel, load_model
 from clt.harvest.rows import Rows, open_rows
 from clt.harvest.run import HarvestReport, harvest_rows
 from clt.harvest.tokens import PreparedSample
-from clt.spare_time import SETTINGS, leave_spare_time
 
 OUT = Path(__file__).parents[1] / "demo" / "out"
 WAITS = ("samples", "device", "copy", "encode", "disk")
@@ -75,8 +72,6 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where caches are made; default: /tmp")
     parser.add_argument("--serve", type=int, help="time the bare forward of this case for each line of input")
     asked = parser.parse_args()
-    if asked.serve is None and leave_spare_time():  # torch, imported above, has to come later
-        os.execv(sys.executable, [sys.executable, *sys.argv])
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         if asked.serve is not None:
             serve_bare(next(islice(cases(Path(folder), asked), asked.serve, None)))
@@ -148,10 +143,7 @@ def serve_bare(case: Case) -> None:
 def bare_apart(number: int) -> Iterator[Callable[[], Timed]]:
     """Another process, which times the bare forward of that case when asked."""
     command = [sys.executable, __file__, *sys.argv[1:], "--serve", str(number)]
-    plain = {name: value for name, value in os.environ.items() if name not in SETTINGS}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=plain
-    ) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin
         assert process.stdout
 

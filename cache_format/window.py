@@ -176,7 +176,7 @@ def memory(manifest: Manifest, threads: int) -> int:
     aside:
 
         3 windows (two splits fill, one is written): window * (bytes_per_token + n_layers * 32 + 18)
-        each thread, and who waits: 4 * CHUNK * d_model * bytes a value (a chunk and its parts) + 24 * SLAB
+        each thread: 4 * CHUNK * d_model * bytes a value (a chunk and its parts) + 24 * SLAB
         5 sums (two splits, two sites, one being encoded): 8 groups * n_layers * d_model * 8
     """
     value = 1 if manifest.precision == "int8" else 2
@@ -184,4 +184,4 @@ def memory(manifest: Manifest, threads: int) -> int:
     of_token = manifest.bytes_per_token + manifest.n_layers * 32 + columns
     chunk = layout.CHUNK * manifest.d_model * value
     sums = layout.N_GROUPS * manifest.n_layers * manifest.d_model * 8
-    return 3 * manifest.window * of_token + (threads + 1) * (4 * chunk + 24 * SLAB) + 5 * sums
+    return 3 * manifest.window * of_token + threads * (4 * chunk + 24 * SLAB) + 5 * sums

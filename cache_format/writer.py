@@ -56,12 +56,10 @@ class CacheWriter:
         *,
         rank: int = 0,
         threads: int = 2,
-        spare: bool = False,
         max_tokens: int | None = None,
         after_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        """spare: threads encode while nobody else wants the processor, or somebody waits for them.
-        after_commit: called by the committing thread; while it waits, the next window does."""
+        """after_commit: called by the committing thread; while it waits, the next window does."""
         self._after_commit = after_commit
         self.folder, self.manifest, self.rank, self.max_tokens = folder, manifest, rank, max_tokens
         self.bytes_written = 0
@@ -90,7 +88,7 @@ class CacheWriter:
         except BaseException:
             self._unlock()
             raise
-        self._encoders = Encoders(folder, rank, threads, self.watch, spare)
+        self._encoders = Encoders(folder, rank, threads, self.watch)
         self._quantisers = Quantisers(threads)
         self._committer = ThreadPoolExecutor(1, "clt-commit")
         self._commits: list[tuple[Future[Written], Future[None]]] = []
@@ -182,13 +180,17 @@ class CacheWriter:
 
     def flush(self) -> None:
         """Wait until every full window is committed."""
+        self.wait_encoded()
+        with self._failing(), self.watch.measure("wait synced"):
+            while self._commits:
+                self._commits.pop(0)[1].result()
+
+    def wait_encoded(self) -> None:
+        """Wait until no full window has more to wait for than the disk, which leaves the processors free."""
         self._check_sound()
         with self._failing(), self.watch.measure("wait encoded"):
             for encoding, _ in self._commits:
-                self._encoders.wait_for(encoding)
-        with self._failing(), self.watch.measure("wait synced"):
-            while self._commits:
-                self._encoders.wait_for(self._commits.pop(0)[1])
+                encoding.result()
 
     def finish(self) -> None:
         """Commit what is left as shorter windows, and mark this writer's part as complete."""

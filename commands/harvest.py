@@ -9,7 +9,6 @@ import typer
 
 from ..harvest.config import HarvestConfig
 from ..remote.address import name_of
-from ..spare_time import leave_spare_time
 from ..stopping import stop_on_signals
 from .answers import AsJson, answer, names
 
@@ -93,7 +92,6 @@ def harvest_command(
     if dry_run:
         _look(config, as_json)
         return
-    leave_spare_time()
     from ..harvest.run import harvest
 
     with stop_on_signals():

@@ -140,7 +140,7 @@ def _run_pool(run: Harvest, split: str) -> None:
             continue
         for part, landed in run.forward.compute(samples):
             store = partial(_store, run, split, cursor, part, landed)
-            run.outbox.put_batch(store if run.outbox.beside else partial(_store_here, run, store))
+            run.outbox.put_batch(store if run.outbox.beside else partial(_pause, run, store))
 
 
 def _place(run: Harvest, pool: list[PreparedSample]) -> int:
@@ -157,9 +157,11 @@ def _store(run: Harvest, split: str, cursor: int, samples: list[PreparedSample],
     _report(run)
 
 
-def _store_here(run: Harvest, store: Callable[[], None]) -> None:
+def _pause(run: Harvest, store: Callable[[], None]) -> None:
+    """Nothing else is done until what is full is encoded."""
     with run.watch.measure("store"):
         store()
+        run.writer.wait_encoded()
 
 
 def _add_all(run: Harvest, split: str, cursor: int, samples: list[PreparedSample], values: Values) -> None:

@@ -2,7 +2,7 @@
 
 Three things happen at once: threads of the feed read and prepare samples, this thread runs the model, and the
 outbox's thread hands what came out to the writer, whose own threads quantise, encode and write. Where the
-model runs on the processor, they encode in the time that it leaves over.
+model runs on the processor, it pauses while a window is encoded.
 """
 
 import sys
@@ -89,7 +89,6 @@ def harvest_rows(
                 manifest,
                 rank=config.rank,
                 threads=writer_threads(),
-                spare=model.device.type == "cpu",
                 max_tokens=wanted,
                 after_commit=after_commit,
             )

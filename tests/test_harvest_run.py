@@ -201,31 +201,37 @@ def test_tokens_stops_exactly(folder: Path, tmp_path: Path) -> None:
     assert open_cache(tmp_path / "c").complete
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="needs Linux")
-def test_on_a_processor_windows_are_encoded_in_the_time_that_the_model_leaves(
+def test_on_a_processor_the_model_waits_for_encoding_and_not_for_the_disk(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forward passes go on meanwhile, and the threads that encode give way to them."""
-    run, write = MlpTaps.run, Encoders.write
-    passes, policies = threading.Semaphore(0), set[int]()
+    """No forward pass begins while a window is encoded; windows are synced while later passes go on."""
+    run, write, place = MlpTaps.run, Encoders.write, Encoders.place
+    encoding, began_after_encoding, encoded = [], threading.Event(), 0
 
     def watched_run(*arguments: Any) -> None:
-        passes.release()
+        assert not encoding
+        if encoded:
+            began_after_encoding.set()
         run(*arguments)
 
-    def watched_write(self: Encoders, *arguments: Any) -> Any:
-        if not policies:  # behind the last window no pass comes
-            while passes.acquire(blocking=False):
-                pass
-            assert passes.acquire(timeout=60), "the model waits for the writer"
-            policies.update(self._each(os.sched_getscheduler, [0] * 8))
-        return write(self, *arguments)
+    def watched_write(*arguments: Any) -> Any:
+        nonlocal encoded
+        encoding.append(True)
+        time.sleep(0.02)
+        written = write(*arguments)
+        encoded += 1
+        encoding.pop()
+        return written
+
+    def watched_place(*arguments: Any) -> Any:
+        assert began_after_encoding.wait(60), "the model waits for the disk"
+        return place(*arguments)
 
     monkeypatch.setattr(MlpTaps, "run", watched_run)
     monkeypatch.setattr(Encoders, "write", watched_write)
-    config = configure(folder, tmp_path / "cache", batch_tokens=32, window=128, val_fraction=0.0)
-    assert harvest(config).complete
-    assert policies == {os.SCHED_IDLE}
+    monkeypatch.setattr(Encoders, "place", watched_place)
+    assert harvest(configure(folder, tmp_path / "cache", batch_tokens=64)).complete
+    assert encoded > 2
 
 
 def test_split_is_by_sample(folder: Path, tmp_path: Path) -> None:

@@ -82,6 +82,5 @@ def test_only_the_known_modules_lie_at_the_root() -> None:
         "heap.py",
         "progress.py",
         "stopping.py",
-        "spare_time.py",
         "stopwatch.py",
     }
