@@ -1,12 +1,13 @@
 """Chunks to bytes and back, through codecs that every Zarr v3 reader has.
 
-zstd with its checksum for int8 codes (which it is kept from searching for matches), scales and statistics;
-for bf16 blosc (byte shuffle, zstd) and crc32c.
+zstd with its checksum for int8 codes (of which Huffman codes alone are made), scales and statistics; for bf16
+blosc (byte shuffle, zstd) and crc32c.
 """
 
 import struct
 import threading
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,15 +15,10 @@ import numpy.typing as npt
 from google_crc32c import extend as add_to_crc32c
 from google_crc32c import value as crc32c
 from numcodecs import Blosc, Zstd, blosc
-from zstandard import (
-    STRATEGY_FAST,
-    ZstdCompressionParameters,
-    ZstdCompressor,
-    ZstdDecompressor,
-    ZstdError,
-)
+from zstandard import ZstdCompressor, ZstdDecompressor, ZstdError
 
 from .errors import DamagedCacheError
+from .huffman import encode_noise
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -70,10 +66,10 @@ def encode_chunk(chunk: Array) -> bytes:
 
 def encode_chunks(chunks: Array) -> Frames:
     """As `encode_chunk`, of the chunks (chunk, ...), which are not bf16, in one call."""
-    if chunks.dtype == np.int8:  # noise, but for its sizes
-        frames = _compress(_kept("codes", lambda: _entropy_coder(write_checksum=True)), chunks)
-    else:
-        frames = _compress(_kept("compressor", _compressor), chunks)
+    if chunks.dtype == np.int8:
+        sizes, data = encode_noise(chunks, checksum=True)
+        return Frames(sizes, [data])
+    frames = _compress(_kept("compressor", _compressor), chunks)
     # few parts: what Python does for each takes as long as encoding a small frame
     return Frames([len(frame) for frame in frames], frames if len(frames) == 1 else [b"".join(frames)])
 
@@ -100,10 +96,11 @@ def encode_planes(low: Bytes, high: Bytes) -> Frames:
     Put together here and not by blosc, whose zstd levels all spend bits and time on chance matches; any
     blosc reads it. `benchmarks/bench_codec.py` compares them.
     """
-    frames = _compress(_kept("entropy", _entropy_coder), high)
+    sizes, frames = encode_noise(high, checksum=False)
+    ends = accumulate(sizes)
     chunks = [
-        _checked(_container(of_low.reshape(-1), of_high.reshape(-1), frame))
-        for of_low, of_high, frame in zip(low, high, frames, strict=True)
+        _checked(_container(of_low.reshape(-1), of_high.reshape(-1), memoryview(frames)[end - size : end]))
+        for of_low, of_high, size, end in zip(low, high, sizes, ends, strict=True)
     ]
     return Frames([sum(map(len, parts)) for parts in chunks], [part for parts in chunks for part in parts])
 
@@ -135,20 +132,6 @@ def _kept(name: str, make: Callable[[], Any]) -> Any:
 
 def _compressor() -> ZstdCompressor:
     return ZstdCompressor(level=1, write_checksum=True, write_content_size=True)
-
-
-def _entropy_coder(write_checksum: bool = False) -> ZstdCompressor:
-    """64 places for hashes find hardly a match, so Huffman codes remain."""
-    parameters = ZstdCompressionParameters(
-        strategy=STRATEGY_FAST,
-        window_log=18,
-        hash_log=6,
-        chain_log=6,
-        search_log=1,
-        min_match=7,
-        write_checksum=write_checksum,
-    )
-    return ZstdCompressor(compression_params=parameters)
 
 
 def decode_chunk(stored: memoryview, out: Array) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from clt.cache_format import CacheError, DamagedCacheError
 from clt.cache_format import shard as shard_module
-from clt.cache_format.codec import Frames, encode_chunk, encode_chunks
+from clt.cache_format.codec import Frames, encode_chunk
 from clt.cache_format.open_shards import Fetched, InWindow, Wanted
 from clt.cache_format.shard import Shard, shard_parts
 
@@ -44,7 +44,8 @@ def decoded(shard: Shard, slot: int) -> npt.NDArray[np.int8]:
     return out
 
 
-DATA = b"".join(shard_parts([encode_chunks(np.stack(CHUNKS))], 4))
+ENCODED = [encode_chunk(chunk) for chunk in CHUNKS]
+DATA = b"".join(shard_parts([Frames([len(frame) for frame in ENCODED], [*ENCODED])], 4))
 
 
 @IO
@@ -64,7 +65,7 @@ def test_copies_are_the_stored_bytes(
     monkeypatch.setattr(shard_module, "NEAR", near)
     shard = Shard(put(DATA), 4, io)
     for slots in ([1], [2, 0], [0, 1, 2]):
-        assert shard.copies(slots) == [encode_chunk(CHUNKS[slot]) for slot in slots]
+        assert shard.copies(slots) == [ENCODED[slot] for slot in slots]
 
 
 @pytest.mark.parametrize(("near", "asked"), [(0, [(0, 1), (2, 3)]), (1 << 16, [(0, 3)])])
@@ -75,7 +76,7 @@ def test_chunks_that_lie_near_are_asked_for_at_once(
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(shard_module, "NEAR", near)
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: calls.append((start, size)))
-    shard, ends = Shard(put(DATA), 4, "pread"), np.cumsum([0, *(len(encode_chunk(c)) for c in CHUNKS)])
+    shard, ends = Shard(put(DATA), 4, "pread"), np.cumsum([0, *map(len, ENCODED)])
     shard.will_need([2, 0])
     assert calls == [(ends[first], ends[end] - ends[first]) for first, end in asked]
 
@@ -137,11 +138,10 @@ def test_only_what_is_not_at_hand_is_asked_for(
 
 def test_the_layout_is_zarrs() -> None:
     """Chunks in order, then (offset, size) in little-endian uint64, all ones where absent, then crc32c."""
-    encoded = [encode_chunk(chunk) for chunk in CHUNKS]
-    sizes = [len(chunk) for chunk in encoded]
+    sizes = [len(frame) for frame in ENCODED]
     index = np.full((4, 2), 2**64 - 1, np.uint64)
     index[:3] = [[sum(sizes[:n]), sizes[n]] for n in range(3)]
-    assert b"".join(encoded) + footer(index) == DATA
+    assert b"".join(ENCODED) + footer(index) == DATA
 
 
 @IO
