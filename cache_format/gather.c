@@ -3,7 +3,7 @@
  * these sums to the window's in float64. */
 #include "kernels.h"
 
-enum { CHUNK = 64, GROUPS = 8, TILE = 4096, TOGETHER = 2, BITS = 0 };
+enum { CHUNK = 64, GROUPS = 8, TILE = 4096, SOME = 128, TOGETHER = 2, BITS = 0 };
 
 /* Whether every row that `order` asks for is there, and its group too. */
 static int in_range(const Py_buffer *order, const Py_buffer *group)
@@ -44,6 +44,11 @@ struct chunk {
     uint8_t *low, *high; /* codes, or the bytes of bits */
 };
 
+INLINE const void *row_of(const struct chunk *chunk, int place, int bytes)
+{
+    return (const char *)chunk->rows + chunk->order[place] * chunk->width * bytes;
+}
+
 /* Numbers of some rows, in steps of one block, to their places and added to `sums`; a code times its step has 19
  * digits at most and is exact. Few bytes at a time: memcpy of a whole row may be slow, as files.py says. */
 INLINE void add_codes(const int8_t *const *codes, const float *step, int rows, int n, int8_t *const *to,
@@ -63,19 +68,22 @@ INLINE void add_codes(const int8_t *const *codes, const float *step, int rows, i
 INLINE void take_codes(const struct chunk *chunk, int block, const int *place, int rows, Py_ssize_t start, int n,
                        float *restrict sums)
 {
-    const int8_t *codes[TOGETHER];
+    const int8_t *codes[TOGETHER], *next[TOGETHER];
     int8_t *to[TOGETHER];
     const uint16_t *steps[TOGETHER];
     float step[TOGETHER];
     for (int nth = 0; nth < rows; nth++) {
-        int64_t row = chunk->order[place[nth]];
-        codes[nth] = (const int8_t *)chunk->rows + row * chunk->width + start;
-        steps[nth] = chunk->scale + row * n_blocks(chunk->width, block) + start / block;
+        codes[nth] = (const int8_t *)row_of(chunk, place[nth], 1) + start;
+        next[nth] = (const int8_t *)row_of(chunk, place[rows + nth], 1) + start;
+        steps[nth] = chunk->scale + chunk->order[place[nth]] * n_blocks(chunk->width, block) + start / block;
         to[nth] = (int8_t *)chunk->low + place[nth] * chunk->width + start;
     }
     for (int at = 0; at < n; at += block) {
-        for (int nth = 0; nth < rows; nth++)
+        for (int nth = 0; nth < rows; nth++) {
+            if (at % 64 == 0)
+                fetch(next[nth] + at, 64);
             step[nth] = half_to_float(*steps[nth]++);
+        }
         if (n - at < block)
             add_codes(codes, step, rows, n - at, to, sums + at);
         else
@@ -93,15 +101,8 @@ INLINE void split(const uint16_t *restrict bits, int n, uint8_t *restrict low, u
     }
 }
 
-INLINE void take_bits(const struct chunk *chunk, const int *place, int rows, Py_ssize_t start, int n,
-                      float *restrict sums)
+INLINE void add_bits(const uint16_t *const *bits, int rows, int n, float *restrict sums)
 {
-    const uint16_t *bits[TOGETHER];
-    for (int nth = 0; nth < rows; nth++) {
-        Py_ssize_t to = place[nth] * chunk->width + start;
-        bits[nth] = (const uint16_t *)chunk->rows + chunk->order[place[nth]] * chunk->width + start;
-        split(bits[nth], n, chunk->low + to, chunk->high + to);
-    }
     for (int i = 0; i < n; i++) {
         float sum = sums[i];
         for (int nth = 0; nth < rows; nth++)
@@ -110,12 +111,25 @@ INLINE void take_bits(const struct chunk *chunk, const int *place, int rows, Py_
     }
 }
 
+INLINE void take_bits(const struct chunk *chunk, const int *place, int rows, Py_ssize_t start, int n,
+                      float *restrict sums)
+{
+    for (int at = 0; at < n; at += SOME) {
+        const uint16_t *bits[TOGETHER];
+        int some = n - at < SOME ? n - at : SOME;
+        for (int nth = 0; nth < rows; nth++) {
+            Py_ssize_t to = place[nth] * chunk->width + start + at;
+            bits[nth] = (const uint16_t *)row_of(chunk, place[nth], 2) + start + at;
+            fetch((const uint16_t *)row_of(chunk, place[rows + nth], 2) + start + at, 2 * SOME);
+            split(bits[nth], some, chunk->low + to, chunk->high + to);
+        }
+        add_bits(bits, rows, some, sums + at);
+    }
+}
+
 INLINE void take(const struct chunk *chunk, int block, const int *place, int rows, Py_ssize_t start, int n,
                  float *restrict sums)
 {
-    Py_ssize_t bytes = block == BITS ? 2 : 1;
-    for (int nth = 0; nth < rows; nth++) /* those that come next */
-        fetch((const char *)chunk->rows + (chunk->order[place[rows + nth]] * chunk->width + start) * bytes, n * bytes);
     if (block == BITS)
         take_bits(chunk, place, rows, start, n, sums);
     else
