@@ -1,16 +1,16 @@
-"""Writing speed of a cache, as a ratio to what the codec alone does on the same threads, in one run.
+"""Writing speed of a cache, as ratios to what the codec, and zstd, alone do on the same threads, in one run.
 
     python benchmarks/bench_write.py [--threads 2] [--tokens 65536] [--folder DIR] [--repeats 3]
 
 Values are random, not a model's: Student's t with 4 degrees of freedom, a size of its own for each channel
 and token, and a few massive channels. The codec alone quantises (or rounds to bf16) and encodes the same
-vectors, 512 tokens of one layer and site at a time. The writer also keeps statistics, permutes, checks,
-writes and syncs; it is timed from its third window on, when all its windows have their memory. Files lie in
-memory (/dev/shm) where no --folder is given, so that no disk is measured, and are removed once they are
-synced: a virtual machine takes four times as long for a page that it never had. "Codec and files" is what is
-left of the codec's speed where its bytes also go into files there, and nothing else is done. GB/s are of
-bf16-equivalent bytes, by the clock; "CPU" is the ratio of the processor's seconds, which other work on the
-machine hardly changes. Ratios are medians of the rounds'.
+vectors, 512 tokens of one layer and site at a time; "zstd alone" is the same with the library's encoder in
+place of huffman.c. The writer also keeps statistics, permutes, checks, writes and syncs; it is timed from its
+third window on, when all its windows have their memory. Files lie in memory (/dev/shm) where no --folder is
+given, so that no disk is measured, and are removed once they are synced: a virtual machine takes four times
+as long for a page that it never had. "Codec and files" is the codec's speed where its bytes also go into files
+there, and nothing else is done. GB/s are of bf16-equivalent bytes, by the clock; "CPU" is the ratio of the
+processor's seconds, which other work on the machine hardly changes. Ratios are medians of the rounds'.
 """
 
 import argparse
@@ -19,8 +19,9 @@ import statistics
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from clt.cache_format import CacheWriter, Manifest
+from clt.cache_format import CacheWriter, Manifest, huffman
 from clt.cache_format.bf16 import to_bf16_bits
 from clt.cache_format.codec import encode_chunk
 from clt.cache_format.int8 import quantise
@@ -42,7 +43,7 @@ class Seconds(NamedTuple):
 
 
 Values = dict[str, npt.NDArray[np.float32]]
-SHAPES = {"LLaVA": (4, 4096), "SmolLM2": (30, 576)}
+SHAPES = {"LLaVA": (8, 4096), "SmolLM2": (30, 576)}
 """Layers (of LLaVA only some) and width."""
 AT_ONCE = 512
 """Tokens of one sample."""
@@ -60,33 +61,42 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="rounds, taken in turn")
     parser.add_argument("--folder", type=Path, default=MEMORY, help="where the caches are made")
     asked = parser.parse_args()
-    print("| width | precision | codec alone, GB/s | codec and files | CPU | writer, GB/s | ratio | CPU |")
-    print("|---" * 8 + "|")
+    print("| width | precision | zstd alone, GB/s | codec alone | codec and files | writer |", end="")
+    print(" of zstd | CPU | of the codec | CPU |")
+    print("|---" * 10 + "|")
     for model, (layers, width) in SHAPES.items():
         values = make_values(layers, width)
         size = asked.tokens * 2 * layers * width * 2 / 1e9
         for precision in ("int8", "bf16"):
             rounds = [one_round(values, precision, asked) for _ in range(asked.repeats)]
-            alone, whole = (statistics.median(size / one[nth].clock for one in rounds) for nth in (0, 2))
-            files, files_cpu, ratio, cpu = (
-                statistics.median(getattr(one[0], kind) / getattr(one[nth], kind) for one in rounds)
-                for nth in (1, 2)
-                for kind in Seconds._fields
-            )
-            cells = [f"{width} ({model})", precision, f"{alone:.3f}", f"{files:.2f}", f"{files_cpu:.2f}"]
-            cells += [f"{whole:.3f}", f"{ratio:.2f}", f"{cpu:.2f}"]
+            cells = [f"{width} ({model})", precision]
+            cells += [f"{statistics.median(size / one[nth].clock for one in rounds):.3f}" for nth in range(4)]
+            for limit in (0, 1):
+                for kind in Seconds._fields:
+                    ratios = [getattr(one[limit], kind) / getattr(one[3], kind) for one in rounds]
+                    cells.append(f"{statistics.median(ratios):.2f}")
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def one_round(values: Values, precision: str, asked: argparse.Namespace) -> tuple[Seconds, Seconds, Seconds]:
-    """The codec alone, the codec and files, the writer."""
-    alone = seconds(partial(encode_alone, values, precision, asked.tokens, asked.threads))
+def one_round(values: Values, precision: str, asked: argparse.Namespace) -> tuple[Seconds, ...]:
+    """zstd alone, the codec alone, the codec and files, the writer."""
+    encode = partial(encode_alone, values, precision, asked.tokens, asked.threads)
+    with library_encodes():
+        library = seconds(encode)
+    alone = seconds(encode)
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        path = Path(folder)
-        files = seconds(partial(encode_alone, values, precision, asked.tokens, asked.threads, path))
+        files = seconds(partial(encode, Path(folder)))
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         whole = write(Path(folder) / "cache", values, precision, asked.tokens, asked.threads)
-    return alone, files, whole
+    return library, alone, files, whole
+
+
+@contextmanager
+def library_encodes() -> Iterator[None]:
+    """As where huffman.c is not compiled."""
+    compiled, huffman.COMPILED = huffman.COMPILED, False
+    yield
+    huffman.COMPILED = compiled
 
 
 def seconds(work: Callable[[], None]) -> Seconds:

@@ -100,6 +100,11 @@ def _discarded_on_failure(written: Written) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for file in written.values():
-            file.discard()
+        discard(written)
         raise
+
+
+def discard(written: Written) -> None:
+    """Remove those that are not in their places."""
+    for file in written.values():
+        file.discard()

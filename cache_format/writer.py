@@ -5,24 +5,26 @@
         writer.add(split, cursor, sample, columns, values)
     writer.finish()
 
-A full window is encoded, written and synced by threads while the next one fills; its journal line, written
-after all its files are durable, is the commit. A killed process therefore loses at most the windows that were
-being filled. Adding again from the cursor writes, byte for byte, what would have been written without it.
+A full window is encoded and written by threads while the next one fills, and synced while that one is
+encoded; its journal line, written after all its files are durable, is the commit. A killed process therefore
+loses at most the windows that were being filled, and one that was not synced yet. Adding again from the
+cursor writes, byte for byte, what would have been written without it.
 
 Memory: `window.memory` states the bound, three windows and a few chunks a thread; FORMAT.md explains it.
 """
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ..stopwatch import Stopwatch
 from . import layout
+from .commits import Commits
 from .encoders import Encoders, Written
 from .errors import CacheError
 from .files import checksum, sync_folders
@@ -90,9 +92,7 @@ class CacheWriter:
             raise
         self._encoders = Encoders(folder, rank, threads, self.watch)
         self._quantisers = Quantisers(threads)
-        self._committer = ThreadPoolExecutor(1, "clt-commit")
-        self._commits: list[tuple[Future[Written], Future[None]]] = []
-        """Of each, its encoding and its commit."""
+        self._commits = Commits(self.watch)
         self._free: list[Window] = []
 
     def __enter__(self) -> "CacheWriter":
@@ -180,17 +180,15 @@ class CacheWriter:
 
     def flush(self) -> None:
         """Wait until every full window is committed."""
-        self.wait_encoded()
-        with self._failing(), self.watch.measure("wait synced"):
-            while self._commits:
-                self._commits.pop(0)[1].result()
+        self._check_sound()
+        with self._failing():
+            self._commits.wait()
 
     def wait_encoded(self) -> None:
         """Wait until no full window has more to wait for than the disk, which leaves the processors free."""
         self._check_sound()
-        with self._failing(), self.watch.measure("wait encoded"):
-            for encoding, _ in self._commits:
-                encoding.result()
+        with self._failing():
+            self._commits.wait_encoded()
 
     def finish(self) -> None:
         """Commit what is left as shorter windows, and mark this writer's part as complete."""
@@ -213,7 +211,7 @@ class CacheWriter:
                 if not self.complete:
                     self._rejected.show_waiting()
         finally:
-            self._committer.shutdown()
+            self._commits.shutdown()
             self._encoders.shutdown()
             self._quantisers.shutdown()
             self._unlock()
@@ -240,11 +238,11 @@ class CacheWriter:
             )
 
     def _seal(self, split: str) -> None:
-        """Hand the full window to the committer, once the one before is written."""
+        """Have the full window encoded and committed."""
         stream = self._streams[split]
         window, stream.filling = stream.filling, None
         assert window is not None
-        self.flush()
+        self._check_sound()
         number = stream.windows * self.manifest.world_size + self.rank
         stream.windows += 1
         stream.sealed += window.tokens
@@ -257,9 +255,10 @@ class CacheWriter:
             cursor=stream.cursor,
             skip=stream.since_cursor,
         )
-        encoding = self._committer.submit(self._encode, entry, window)
-        commit = self._committer.submit(self._commit, entry, encoding, self._take_waiting())
-        self._commits.append((encoding, commit))
+        with self._failing():
+            self._commits.put(
+                partial(self._encode, entry, window), partial(self._commit, entry, self._take_waiting())
+            )
 
     def _take_waiting(self) -> tuple[bytes, bytes]:
         return self._samples.take(), self._rejected.take()
@@ -270,9 +269,9 @@ class CacheWriter:
         self._free.append(window.clear())
         return written
 
-    def _commit(self, entry: WindowEntry, encoding: Future[Written], lines: tuple[bytes, bytes]) -> None:
+    def _commit(self, entry: WindowEntry, lines: tuple[bytes, bytes], written: Written) -> None:
         """entry: without its files and logs."""
-        files = self._encoders.place(encoding.result())
+        files = self._encoders.place(written)
         folders = {(self.folder / name).parent for name in files}
         with self.watch.measure("sync"):
             sync_folders(sorted(folders))

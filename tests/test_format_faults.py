@@ -1,7 +1,8 @@
 """A full disk, a failing disk, a kill, at any moment: what is committed is there, and finishing is exact.
 
-Every operation that changes the disk is counted; a run fails, or is killed, at the n-th. With one thread the
-count is the same in every run, so n runs over every moment that there is.
+Every operation that changes the disk is counted; a run fails, or is killed, at the n-th. With one thread, and
+windows that wait for each other, the count is the same in every run, so n runs over every moment that there
+is; where they go on beside each other, moments are tried that may be another's the next time.
 """
 
 import builtins
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 
 from clt.cache_format import CacheError, open_cache, verify_cache
+from clt.cache_format.commits import Commits
 from clt.cache_format.layout import SITES
 
 FILLS = {"open", "write", "mkdir"}
@@ -101,8 +103,17 @@ class Disk:
         return WatchedFile(file, self, str(path))
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator["Disk"]:
+    def watched(self, in_turn: bool = True) -> Iterator["Disk"]:
+        """in_turn: a window is encoded once the one before is committed."""
+        put = Commits.put
+
+        def put_and_wait(commits: Commits, *work: Any) -> None:
+            put(commits, *work)
+            commits.wait()
+
         with pytest.MonkeyPatch.context() as patch:
+            if in_turn:
+                patch.setattr(Commits, "put", put_and_wait)
             for name in self.real:
                 patch.setattr(os, name, getattr(self, name))
             patch.setattr(builtins, "open", self.builtin_open)
@@ -224,7 +235,7 @@ def killed_run(tiny: Any, at: int) -> int:
         child = os.fork()
     if child == 0:
         kill = Disk(at, lambda kind: os.kill(os.getpid(), signal.SIGKILL))
-        with contextlib.suppress(BaseException), kill.watched():
+        with contextlib.suppress(BaseException), kill.watched(tiny.threads == 1):
             tiny.write()
         os._exit(0)
     return os.waitpid(child, 0)[1]
@@ -336,6 +347,27 @@ def test_kills_while_many_threads_write(whole: Any, tmp_path: Path) -> None:
         check_finishing(tiny, whole)
 
 
+@FAULTS
+def test_a_failing_disk_while_many_threads_write(
+    whole: Any, tmp_path: Path, code: int, goes_on: bool
+) -> None:
+    """The same, of faults: a window that was encoded beside the one that failed is not committed either."""
+    tiny = whole.at(tmp_path / "faulty")
+    tiny.threads = 4
+
+    def fail(kind: str) -> None:
+        raise OSError(code, os.strerror(code))
+
+    for at in moments(whole.trace, 5):
+        shutil.rmtree(tiny.path, ignore_errors=True)
+        with Disk(at, fail, goes_on).watched(in_turn=False), pytest.raises(OSError, match=os.strerror(code)):
+            tiny.write()
+        assert not list(tiny.path.rglob("*.partial"))
+        windows = open_cache(tiny.path).windows if (tiny.path / "zarr.json").exists() else []
+        check_committed(tiny, whole, len(windows))
+        check_finishing(tiny, whole)
+
+
 def test_the_line_is_written_after_all_that_it_names_is_durable(whole: Any) -> None:
     """Each file is synced before its rename, and its folder and the logs before the journal's line: the order
     that a loss of power needs, which a kill does not show."""
@@ -370,7 +402,7 @@ def test_a_writer_that_failed_writes_no_more(plan_cache: Callable[..., Any]) -> 
     def fail(kind: str) -> None:
         raise OSError(errno.EIO, "disk")
 
-    with Disk(10**9).watched() as disk:
+    with Disk(10**9).watched(in_turn=False) as disk:
         writer = tiny.writer()
         disk.at, disk.fail = len(disk.trace) + 5, fail
         tiny.feed(writer, stop=2)  # fills one window, which fails behind our back
@@ -405,7 +437,7 @@ def test_a_failed_window_leaves_nothing_beside(plan_cache: Callable[..., Any], k
             if shard and failing[0] > 20:
                 fail(found)
 
-    with Full().watched():
+    with Full().watched(in_turn=False):
         writer = tiny.writer()
         tiny.feed(writer, stop=2)  # fills one window
         with pytest.raises(OSError, match="full"):
