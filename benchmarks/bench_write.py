@@ -8,9 +8,9 @@ vectors, 512 tokens of one layer and site at a time; "zstd alone" is the same wi
 place of huffman.c. The writer also keeps statistics, permutes, checks, writes and syncs; it is timed from its
 third window on, when all its windows have their memory. Files lie in memory (/dev/shm) where no --folder is
 given, so that no disk is measured, and are removed once they are synced: a virtual machine takes four times
-as long for a page that it never had. "Codec and files" is the codec's speed where its bytes also go into files
-there, and nothing else is done. GB/s are of bf16-equivalent bytes, by the clock; "CPU" is the ratio of the
-processor's seconds, which other work on the machine hardly changes. Ratios are medians of the rounds'.
+as long for a page that it never had. "Codec and files" is the codec's speed where its bytes also go into
+files there, and nothing else is done. GB/s are of bf16-equivalent bytes, by the clock; "CPU" is the ratio of
+the processor's seconds, which other work on the machine hardly changes. Ratios are medians of the rounds'.
 """
 
 import argparse
@@ -31,7 +31,8 @@ import numpy.typing as npt
 
 from clt.cache_format import CacheWriter, Manifest, huffman
 from clt.cache_format.bf16 import to_bf16_bits
-from clt.cache_format.codec import encode_chunk
+from clt.cache_format.codec import Frames, encode_chunks, encode_planes, planes
+from clt.cache_format.gathered import chunks_at_once
 from clt.cache_format.int8 import quantise
 from clt.cache_format.layout import CHUNK, SITES, TOKEN_COLUMNS
 
@@ -128,16 +129,12 @@ def encode_alone(
         stored: tuple[npt.NDArray[Any], ...] = (
             quantise(part, 8.0) if precision == "int8" else (to_bf16_bits(part),)
         )
-        chunks = (
-            encode_chunk(array[start : start + CHUNK])
-            for array in stored
-            for start in range(0, len(array), CHUNK)
-        )
+        parts = (part for array in stored for frames in encode_all(array) for part in frames.parts)
         if folder is None:
-            deque(chunks, maxlen=0)
+            deque(parts, maxlen=0)
             return
         with open(folder / str(nth), "wb") as file:
-            file.writelines(chunks)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         (folder / str(nth)).unlink()
@@ -145,6 +142,19 @@ def encode_alone(
     vectors = [site[:, layer] for site in values.values() for layer in range(site.shape[1])]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(encode, range(len(vectors) * (tokens // AT_ONCE))))
+
+
+def encode_all(array: npt.NDArray[Any]) -> Iterator[Frames]:
+    """As the writer does, several chunks in a call where they are small."""
+    chunks = array.reshape(-1, CHUNK, array.shape[1])
+    at_once = chunks_at_once(array.shape[1])
+    for start in range(0, len(chunks), at_once):
+        some = chunks[start : start + at_once]
+        if array.dtype == np.uint16:
+            low, high = planes(some)
+            yield encode_planes(low.reshape(some.shape), high.reshape(some.shape))
+        else:
+            yield encode_chunks(some)
 
 
 def write(path: Path, values: Values, precision: str, tokens: int, threads: int) -> Seconds:

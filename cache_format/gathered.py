@@ -34,7 +34,7 @@ def gather_codes(
     width, blocks = of.codes.shape[1], of.scale.shape[1]
     n_chunks = -(-len(order) // CHUNK)
     scale = np.empty((n_chunks * CHUNK, blocks), np.float16)
-    codes = np.empty((_chunks_at_once(width) * CHUNK, width), np.int8)
+    codes = np.empty((chunks_at_once(width) * CHUNK, width), np.int8)
     for place, rows in _cut(order, len(codes)):
         some, steps = codes[: place.stop - place.start], scale[place]
         if COMPILED:
@@ -48,7 +48,7 @@ def gather_codes(
 def gather_bits(bits: Bits, order: Places, group: Places, sums: Doubles) -> Iterator[Frames]:
     """As `gather_codes`, of bf16; what it yields lies in memory that is used again."""
     width = bits.shape[1]
-    room = np.empty((2, _chunks_at_once(width) * CHUNK, width), np.uint8)
+    room = np.empty((2, chunks_at_once(width) * CHUNK, width), np.uint8)
     for place, rows in _cut(order, room.shape[1]):
         low, high = room[:, : place.stop - place.start]
         if COMPILED:
@@ -60,7 +60,7 @@ def gather_bits(bits: Bits, order: Places, group: Places, sums: Doubles) -> Iter
         yield encode_planes(_by_chunk(low), _by_chunk(high))
 
 
-def _chunks_at_once(width: int) -> int:
+def chunks_at_once(width: int) -> int:
     """Several where they are small: a call for each would cost as much as its work."""
     return max(1, AT_ONCE // (CHUNK * width))
 

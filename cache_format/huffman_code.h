@@ -60,7 +60,7 @@ static int lengthen(const struct occurring *all, int *depth, int used)
     uint64_t total = 0, limit;
     for (int nth = 0; nth < all->number; nth++)
         total += all->count[nth];
-    for (limit = total / 2; used > FULL && limit < 8 * total; limit += total / 16 + 1)
+    for (limit = total / 2; used > FULL && limit < 3 * total; limit += total / 16 + 1)
         for (int nth = 0; nth < all->number; nth++)
             if (depth[nth] < LONGEST && FULL >> (depth[nth] + 1) <= used - FULL
                 && (uint64_t)all->count[nth] << depth[nth] <= limit)

@@ -4,9 +4,9 @@
 enum {
     PIECE = 64,     /* bytes */
     SHARE = 8,      /* one piece of so many is counted, by turns that no row's length goes along with */
-    TOGETHER = 256, /* bytes that are looked through at once for what is rare */
+    TOGETHER = 128, /* bytes that are looked through at once for what is rare */
     TABLES = 8,     /* that count in turn: one byte is often like the last, whose count is on its way still */
-    SCARCE = 8,     /* one of so many may be missing in that share though it may occur */
+    SCARCE = 4,     /* one of so many may be missing in that share though it may occur */
     NARROWEST = 16, /* a range around zero that is worth it */
 };
 
