@@ -88,7 +88,10 @@ def _padded(rows: Array) -> Array:
 
 
 def _cut(order: Places, at_once: int) -> Iterator[tuple[slice, Places]]:
-    """Places on disk, whole chunks of them, and the rows that go there."""
-    for start in range(0, len(order), at_once):
-        rows = order[start : start + at_once]
-        yield slice(start, start + len(rows) + -len(rows) % CHUNK), rows
+    """Places on disk, whole chunks of them, and the rows that go there; a chunk that they do not fill is by
+    itself, for its zeros are unlike what others hold."""
+    whole = len(order) // CHUNK * CHUNK
+    for start in (*range(0, whole, at_once), whole):
+        rows = order[start : min(start + at_once, whole) if start < whole else None]
+        if len(rows):
+            yield slice(start, start + len(rows) + -len(rows) % CHUNK), rows

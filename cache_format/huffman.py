@@ -1,7 +1,7 @@
 """Bytes that are noise but for how often each occurs, as zstd frames of their Huffman codes alone.
 
-huffman.c makes them. Where nothing could be compiled the library does, with 64 places for the hashes of its
-search, which then finds hardly a match: frames of other bytes, which decode to the same.
+huffman.c makes them. Where nothing could be compiled, and of few bytes, the library does, with 64 places for
+the hashes of its search, which then finds hardly a match: frames of other bytes, which decode to the same.
 """
 
 import threading
@@ -17,15 +17,23 @@ if COMPILED:
 
 Noise = npt.NDArray[np.int8] | npt.NDArray[np.uint8]
 
+FEW = 1 << 14
+"""Bytes of a chunk below which a code of its own is worth more than the time that it takes."""
+
 _LOCAL = threading.local()
 
 
 def encode_noise(chunks: Noise, checksum: bool) -> tuple[list[int], bytes | memoryview]:
     """Sizes of the frames of `chunks` (chunk, ...), and the frames, one behind the other, in memory that this
-    thread's next call uses again. Compiled, they share one code, each with its description."""
-    if not COMPILED:
+    thread's next call uses again."""
+    if not COMPILED or chunks[0].size < FEW:
         frames = [_library(checksum).compress(np.ascontiguousarray(chunk).data) for chunk in chunks]
         return [len(frame) for frame in frames], b"".join(frames)
+    return encode_together(chunks, checksum)
+
+
+def encode_together(chunks: Noise, checksum: bool) -> tuple[list[int], memoryview]:
+    """By huffman.c: they share one code, each with its description."""
     sizes = np.empty(len(chunks), np.int64)
     room = _room(_huffman.room(len(chunks), chunks[0].size))
     used = _huffman.encode(np.ascontiguousarray(chunks), checksum, sizes, room)

@@ -56,8 +56,11 @@ DRAWN: list[Callable[[np.random.Generator, int, float], Bytes]] = [
 ]  # fmt: skip
 
 
-def frames_of(chunks: Bytes, checksum: bool = True) -> list[bytes]:
-    sizes, data = huffman.encode_noise(chunks, checksum)
+def frames_of(chunks: Bytes, checksum: bool = True, few: int = 0) -> list[bytes]:
+    """few: chunks of fewer bytes are the library's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huffman, "FEW", few)
+        sizes, data = huffman.encode_noise(chunks, checksum)
     ends = np.cumsum(sizes)
     assert ends[-1] == len(data)
     return [bytes(data[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
@@ -147,6 +150,14 @@ def test_frames_do_not_depend_on_what_was_made_before() -> None:
     first = frames_of(chunks)
     frames_of(heavy(rng, 300_000, 5)[None])
     assert frames_of(chunks) == first
+
+
+def test_few_bytes_are_the_librarys() -> None:
+    """Where descriptions weigh more than time."""
+    chunks = normal(np.random.default_rng(0), 2 * 5_000, 8).reshape(2, -1)
+    small = frames_of(chunks, few=huffman.FEW)
+    assert small == [frame for chunk in chunks for frame in frames_of(chunk[None], few=huffman.FEW)]
+    assert [ZstdDecompressor().decompress(frame) for frame in small] == [chunk.tobytes() for chunk in chunks]
 
 
 def test_without_a_compiler_the_library_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:

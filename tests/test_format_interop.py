@@ -30,16 +30,19 @@ def with_tensorstore(path: Any) -> Read:
 
 
 READERS = pytest.mark.parametrize("reader", [with_zarr, with_tensorstore])
+WIDTHS = pytest.mark.parametrize("d_model", [80, 320])
+"""Frames of the library, and ours."""
 
 
 @READERS
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("block", BLOCKS)
+@WIDTHS
 def test_int8_is_codes_times_scale(
-    make_cache: Callable[..., Any], reader: Any, split: str, block: int
+    make_cache: Callable[..., Any], reader: Any, split: str, block: int, d_model: int
 ) -> None:
     """codes * the scale of their block of channels, in full and partial windows and the narrow last block."""
-    tiny = make_cache(block=block)
+    tiny = make_cache(block=block, d_model=d_model)
     read, ours = reader(tiny.path), open_cache(tiny.path)[split]
     for site in SITES:
         codes, scale = read(f"{split}/{site}"), read(f"{split}/{site}_scale")
@@ -51,9 +54,12 @@ def test_int8_is_codes_times_scale(
 
 @READERS
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_bf16_is_the_upper_half_of_float32(make_cache: Callable[..., Any], reader: Any, split: str) -> None:
+@WIDTHS
+def test_bf16_is_the_upper_half_of_float32(
+    make_cache: Callable[..., Any], reader: Any, split: str, d_model: int
+) -> None:
     """uint16 bits shifted into place, negative values and all."""
-    tiny = make_cache(precision="bf16")
+    tiny = make_cache(precision="bf16", d_model=d_model)
     read, ours = reader(tiny.path), open_cache(tiny.path)[split]
     for site in SITES:
         bits = read(f"{split}/{site}")
