@@ -80,17 +80,19 @@ def quantise_into(
     divisor: float,
     measures: Measures | None = None,
     rows: npt.NDArray[np.int64] | None = None,
+    threads: int = 1,
 ) -> None:
     """As `quantise`, into contiguous arrays, whose shapes tell the block.
 
     measures: filled, equal to numpy's but for last digits.
     rows: which of `values` the tokens are, in order; with `measures` only.
+    threads: of the OpenMP runtime that the caller's process has loaded, for callers that work with it.
     """
     assert rows is None or measures
     if COMPILED:
         given, factor = np.ascontiguousarray(values), GAUSSIAN / divisor
         told = (*(measures or ()), *(() if rows is None else (rows,)))
-        if _quantise.quantise(given, values.shape[1], factor, *place, *told) >= 0:
+        if _quantise.quantise(given, values.shape[1], factor, threads, *place, *told) >= 0:
             raise CacheError(UNSTORABLE)
         return
     for part in slabs(*place.codes.shape):

@@ -1,7 +1,9 @@
 /* Values to the numbers that are stored, bit for bit those of int8.py and bf16.py, and what the statistics ask of
  * each vector; a row at a time, while it lies in the first-level cache. */
+#define _GNU_SOURCE /* for RTLD_DEFAULT */
 #include "kernels.h"
 
+#include "openmp.h"
 #include "quantise_bf16.h"
 #include "quantise_int8.h"
 
@@ -17,16 +19,54 @@ static int has_rows(const Py_buffer *x, const Py_buffer *chosen, Py_ssize_t rows
     return 1;
 }
 
+enum { SHARE = 64 }; /* rows that a thread takes at a time */
+
+struct shared {
+    const struct rows *all;
+    Py_ssize_t (*quantise)(const struct rows *, float);
+    float factor;
+    int block;
+    Py_ssize_t next, fault; /* changed by all threads */
+};
+
+static void take_shares(void *of)
+{
+    struct shared *shared = of;
+    const struct rows *all = shared->all;
+    Py_ssize_t at;
+    while ((at = __atomic_fetch_add(&shared->next, SHARE, __ATOMIC_RELAXED)) < all->number) {
+        struct rows some = rows_from(all, at, SHARE, shared->block);
+        Py_ssize_t fault = shared->quantise(&some, shared->factor);
+        if (fault >= 0)
+            __atomic_store_n(&shared->fault, at + fault, __ATOMIC_RELAXED);
+    }
+}
+
+/* A row that cannot be stored, or -1. */
+static Py_ssize_t quantise_all(const struct rows *all, int block, float factor, int threads)
+{
+    struct shared shared = {all, NULL, factor, block, 0, -1};
+    if (all->noise)
+        shared.quantise = block == NARROW_BLOCK ? measure_narrow : measure_wide;
+    else
+        shared.quantise = block == NARROW_BLOCK ? quantise_narrow : quantise_wide;
+    if (threads <= 1 || all->number <= SHARE)
+        return shared.quantise(all, factor);
+    work_together(take_shares, &shared, (unsigned)threads);
+    return shared.fault;
+}
+
 static PyObject *quantise(PyObject *module, PyObject *arguments)
 {
     enum { X, CODES, SCALE, NOISE, SQUARE, PEAK, CHOSEN, ALL };
     Py_buffer at[ALL] = {{0}};
     Py_ssize_t width, rows, fault = -1;
     float factor;
+    int threads;
     PyObject *answer = NULL;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "y*nfw*w*|w*w*w*y*", &at[X], &width, &factor, &at[CODES], &at[SCALE],
-                          &at[NOISE], &at[SQUARE], &at[PEAK], &at[CHOSEN]))
+    if (!PyArg_ParseTuple(arguments, "y*nfiw*w*|w*w*w*y*", &at[X], &width, &factor, &threads, &at[CODES],
+                          &at[SCALE], &at[NOISE], &at[SQUARE], &at[PEAK], &at[CHOSEN]))
         return NULL;
     int measured = at[PEAK].obj != NULL;
     rows = width > 0 ? at[CODES].len / width : 0;
@@ -40,10 +80,7 @@ static PyObject *quantise(PyObject *module, PyObject *arguments)
         struct rows all = {at[X].buf,     at[CHOSEN].obj ? at[CHOSEN].buf : NULL, rows, width, at[CODES].buf,
                            at[SCALE].buf, at[NOISE].buf, at[SQUARE].buf, at[PEAK].buf};
         Py_BEGIN_ALLOW_THREADS;
-        if (measured)
-            fault = block == NARROW_BLOCK ? measure_narrow(&all, factor) : measure_wide(&all, factor);
-        else
-            fault = block == NARROW_BLOCK ? quantise_narrow(&all, factor) : quantise_wide(&all, factor);
+        fault = quantise_all(&all, block, factor, threads);
         Py_END_ALLOW_THREADS;
         answer = PyLong_FromSsize_t(fault);
     }

@@ -204,6 +204,24 @@ INLINE const float *row_of(const struct rows *all, Py_ssize_t row)
     return all->x + (all->chosen ? all->chosen[row] : row) * all->width;
 }
 
+/* At most so many of them, from one on; block: as many channels as one step is for. */
+INLINE struct rows rows_from(const struct rows *all, Py_ssize_t at, Py_ssize_t number, int block)
+{
+    Py_ssize_t left = all->number - at;
+    struct rows some = *all;
+    some.number = number < left ? number : left;
+    some.x += all->chosen ? 0 : at * all->width;
+    some.chosen += all->chosen ? at : 0;
+    some.codes += at * all->width;
+    some.scale += at * n_blocks(all->width, block);
+    if (all->noise) {
+        some.noise += at;
+        some.square += at;
+        some.peak += at;
+    }
+    return some;
+}
+
 /* The first row that cannot be stored, or -1. */
 INLINE Py_ssize_t quantise_rows(const struct rows *all, int block, float factor, int measured)
 {

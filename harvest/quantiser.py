@@ -74,14 +74,15 @@ def quantise_on_device(values: Tensor, divisor: float) -> DeviceVectors:
 
 
 def quantise_on_host(values: Tensor, divisor: float, out: DeviceVectors, rows: Tensor | None = None) -> None:
-    """As `quantise_on_device`, by the codec itself, into contiguous `out`; values: (row, d_model).
+    """As `quantise_on_device`, by the codec itself on torch's threads, into contiguous `out`.
 
-    rows (token,): which of them are the tokens; None: all.
+    values: (row, d_model). rows (token,): which of them are the tokens; None: all.
     """
     codes, scale, *measures = (tensor.numpy() for tensor in out)
     place, told = Quantised(codes, scale), Measures(*measures)
+    which = None if rows is None else rows.numpy()
     try:
-        quantise_into(place, values.float().numpy(), divisor, told, None if rows is None else rows.numpy())
+        quantise_into(place, values.float().numpy(), divisor, told, which, threads=torch.get_num_threads())
     except CacheError:  # the codec stops at the vector that cannot be stored; here its scale tells of it
         chosen = values if rows is None else values.index_select(0, rows)
         if len(chosen) == 1:

@@ -1,6 +1,8 @@
 """quantise.c and gather.c against what numpy makes of the same arrays: the same bits, or the same refusal."""
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +101,45 @@ def test_chosen_rows_are_what_they_are_alone(width: int, compiled: bool) -> None
     np.testing.assert_allclose(told.noise, expected_told.noise, rtol=1e-5)
 
 
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("width", [31, 577])
+def test_threads_of_a_loaded_openmp_change_no_bit(width: int, chosen: bool, threads: int) -> None:
+    pytest.importorskip("torch")  # loads one
+    values = draw(width, 1000)
+    rows = np.random.default_rng(0).permutation(1000)[:777] if chosen else None
+    (made, told), (other, other_told) = (measured(values[:777], 8.0) for _ in range(2))
+    quantise_into(made, values if chosen else values[:777], 8.0, told, rows)
+    quantise_into(other, values if chosen else values[:777], 8.0, other_told, rows, threads=threads)
+    for one, two in zip((*made, *told), (*other, *other_told), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("token", [0, 63, 64, 999])
+def test_any_thread_tells_of_a_value_that_cannot_be_stored(token: int) -> None:
+    pytest.importorskip("torch")
+    values = draw(96, 1000)
+    values[token, 5] = np.nan
+    made = Quantised(np.empty((1000, 96), np.int8), np.empty((1000, 3), np.float16))
+    with pytest.raises(CacheError, match="not finite"):
+        quantise_into(made, values, 8.0, threads=4)
+
+
+def test_without_openmp_the_caller_does_it_alone() -> None:
+    """In a process that has loaded none."""
+    program = """
+import ctypes, numpy as np
+from clt.cache_format.int8 import Quantised, quantise, quantise_into
+assert not hasattr(ctypes.CDLL(None), "GOMP_parallel")
+values = np.random.default_rng(0).standard_normal((999, 96), np.float32)
+expected = quantise(values, 8.0)
+made = Quantised(np.empty_like(expected.codes), np.empty_like(expected.scale))
+quantise_into(made, values, 8.0, threads=4)
+assert (made.codes == expected.codes).all() and (made.scale == expected.scale).all()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 @pytest.mark.parametrize("divisor", [8.0, 16.0, 0.3, 3.0])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_vectors_of_every_size(width: int, divisor: float) -> None:
@@ -182,13 +223,14 @@ def test_chunks_and_sums(width: int, tokens: int, precision: str) -> None:
     np.testing.assert_array_equal(sums, expected_sums)
 
 
+THREADS = 1
 X, CODES, SCALE = np.ones((4, 80), "f4"), np.zeros((4, 80), "i1"), np.zeros((4, 3), "f2")
 TOLD = np.empty(4, "f4"), np.empty(4), np.empty(4, "f4")
 BITS, CHUNK, STEPS = np.zeros((4, 80), "u2"), np.empty((64, 80), "i1"), np.empty((64, 3), "f2")
 ORDER, GROUP, SUMS = np.arange(3), np.zeros(4, "i8"), np.zeros((8, 80))
 CALLS = {
-    "_quantise.quantise": (X, 80, 0.1, CODES, SCALE, *TOLD),
-    "_quantise.quantise of rows": (X, 80, 0.1, CODES, SCALE, *TOLD, np.array([2, 0, 3, 1])),
+    "_quantise.quantise": (X, 80, 0.1, THREADS, CODES, SCALE, *TOLD),
+    "_quantise.quantise of rows": (X, 80, 0.1, THREADS, CODES, SCALE, *TOLD, np.array([2, 0, 3, 1])),
     "_quantise.round_to_bf16": (X, 80, BITS, *TOLD[1:]),
     "_gather.gather_codes": (CODES, SCALE, 80, ORDER, GROUP, CHUNK, STEPS, SUMS),
     "_gather.gather_planes": (BITS, 80, ORDER, GROUP, CHUNK, CHUNK.copy(), SUMS),
@@ -202,7 +244,7 @@ def test_buffers_that_do_not_belong_together_are_refused(name: str) -> None:
     call, right = getattr(importlib.import_module(f"clt.cache_format.{module}"), function), CALLS[name]
     call(*right)
     for nth, argument in enumerate(right):
-        if isinstance(argument, float):
+        if isinstance(argument, float) or argument is THREADS:
             continue
         short = (79, 0, -80, 2**62) if isinstance(argument, int) else (argument[:-1], argument[..., :0])
         for wrong in short:
@@ -235,4 +277,4 @@ def test_rows_and_groups_out_of_range_are_refused(name: str, wrong: dict[str, li
 def test_chosen_rows_out_of_range_are_refused(rows: list[int]) -> None:
     quantise_rows = importlib.import_module("clt.cache_format._quantise").quantise
     with pytest.raises(ValueError, match="do not belong together"):
-        quantise_rows(X, 80, 0.1, CODES, SCALE, *TOLD, np.array(rows))
+        quantise_rows(X, 80, 0.1, THREADS, CODES, SCALE, *TOLD, np.array(rows))
