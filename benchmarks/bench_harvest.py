@@ -1,19 +1,20 @@
 """Harvest speed, as a ratio to the bare forward pass over the same batches, in turn in one run.
 
-    python benchmarks/bench_harvest.py [--tokens 24576] [--repeats 3] [--cuda-layers 8]
+    python benchmarks/bench_harvest.py [--tokens 65536] [--turn 2] [--cuda-layers 8]
 
 On a CPU: the demo's model and data (`make demo` makes them), in float32. Where a CUDA device is at hand, also
 random weights in the shape of LLaVA-1.5-7B's Llama (4096 wide, as many layers as asked) on random tokens, in
-bfloat16. The bare forward runs the model's body without hooks on batches that lie ready in memory, in the
-process and with the heap of the harvest. The harvest is all of `clt harvest` but loading: it reads, decodes,
-tokenises and packs, runs the model, quantises, encodes, writes and syncs, to its last window.
+bfloat16. The bare forward runs the model's body without hooks on batches that lie ready in memory, as torch
+and transformers come. The harvest is all of `clt harvest` but loading: it reads, decodes, tokenises and
+packs, runs the model, quantises, encodes, writes and syncs, to its last window.
 
-On a CPU a harvest has the C library keep freed memory (`clt/heap.py`), which makes the forward pass itself
-faster. "Apart" is the ratio to a bare forward without that, in a process of its own, as torch and
-transformers come: what a user gains or loses, but not what the harvest adds to a forward pass.
+Each runs in a process of its own, and only one at a time: on a CPU the harvest halts after every few batches
+(--turn) until the others have done the same ones, because a machine's speed changes within seconds; what its
+threads still do then is added to its time, by the processor's seconds. On CUDA it halts only at its end.
 
-Ratios are medians of the rounds'. Seconds are by the clock; "CPU" is the ratio of the processor's seconds,
-which other work on the machine changes less. Waiting is what the harvest's own thread waited for.
+"Same heap" is the ratio to a bare forward whose process keeps freed memory as a harvest does (`clt/heap.py`),
+which makes the forward pass itself faster: so much does the rest of a harvest cost. Seconds are by the clock;
+"CPU" is the ratio of the processor's seconds. Waiting is what the harvest's own thread waited for.
 """
 
 import argparse
@@ -22,11 +23,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -41,21 +41,38 @@ from clt.harvest.model import LoadedModel, load_model
 from clt.harvest.rows import Rows, open_rows
 from clt.harvest.run import HarvestReport, harvest_rows
 from clt.harvest.tokens import PreparedSample
+from clt.heap import keep_freed_memory
 
 OUT = Path(__file__).parents[1] / "demo" / "out"
 WAITS = ("samples", "device", "copy", "encode", "disk")
 VOCABULARY = 32_064
 
 
-class Timed(NamedTuple):
+QUIET = 0.05
+"""Seconds in which a process that rests does next to nothing."""
+
+
+class Seconds(NamedTuple):
     clock: float
     processor: float
+
+    @classmethod
+    def now(cls) -> "Seconds":
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, before: "Seconds") -> "Seconds":
+        return Seconds(self.clock - before.clock, self.processor - before.processor)
+
+    def plus(self, other: "Seconds") -> "Seconds":
+        return Seconds(self.clock + other.clock, self.processor + other.processor)
+
+
+NONE = Seconds(0, 0)
 
 
 class Case(NamedTuple):
     name: str
     config: HarvestConfig
-    """Its cache is replaced by another folder each time."""
     batches: list[Batch]
     rows: Rows
     model: LoadedModel
@@ -63,24 +80,26 @@ class Case(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=24_576)
-    parser.add_argument("--repeats", type=int, default=3, help="rounds, after one that warms up")
+    parser.add_argument("--tokens", type=int, default=65_536)
+    parser.add_argument("--turn", type=int, default=2, help="batches after which a CPU's harvest halts")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="of the CPU's case; CUDA's has 8192")
     parser.add_argument("--window", type=int, default=4096)
     parser.add_argument("--cuda-layers", type=int, default=8)
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--folder", type=Path, help="where caches are made; default: /tmp")
-    parser.add_argument("--serve", type=int, help="time the bare forward of this case for each line of input")
+    parser.add_argument("--serve", type=int, help="time the bare forward of this case's batches FROM TO")
+    parser.add_argument("--heap", choices=["torch", "kept"], default="torch", help="with --serve")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         if asked.serve is not None:
-            serve_bare(next(islice(cases(Path(folder), asked), asked.serve, None)))
+            serve_bare(next(islice(cases(Path(folder), asked), asked.serve, None)), asked.heap)
             return
-        print(f"| model | bare tok/s | harvest tok/s | ratio | CPU | apart | {' | '.join(WAITS)} |")
-        print("|---" * (6 + len(WAITS)) + "|")
+        print(
+            "| model | bare tok/s | harvest tok/s | ratio | CPU | same heap | CPU |", " | ".join(WAITS), "|"
+        )
+        print("|---" * (7 + len(WAITS)) + "|")
         for number, case in enumerate(cases(Path(folder), asked)):
-            with bare_apart(number) as bare:
-                print(compare(case, bare, Path(folder) / "cache", asked.repeats), flush=True)
+            print(compare(number, case, Path(folder) / str(number), asked.turn), flush=True)
 
 
 def cases(folder: Path, asked: argparse.Namespace) -> Iterator[Case]:
@@ -134,72 +153,111 @@ def batches(samples: list[PreparedSample], config: HarvestConfig) -> Iterator[Ba
             pool = []
 
 
-def serve_bare(case: Case) -> None:
-    for _ in sys.stdin:
-        print(*timed(lambda: run_bare(case)), flush=True)
+class Bare:
+    """Another process, which times the bare forward of a case's batches when asked."""
+
+    def __init__(self, number: int, heap: str) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--serve", str(number), "--heap", heap]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.took = NONE
+
+    def __enter__(self) -> "Bare":
+        self.run(0, 1)
+        self.took = NONE
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()
+
+    def run(self, start: int, stop: int) -> None:
+        assert self._process.stdin
+        assert self._process.stdout
+        print(start, stop, file=self._process.stdin, flush=True)
+        self.took = self.took.plus(Seconds(*map(float, self._process.stdout.readline().split())))
 
 
-@contextmanager
-def bare_apart(number: int) -> Iterator[Callable[[], Timed]]:
-    """Another process, which times the bare forward of that case when asked."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--serve", str(number)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin
-        assert process.stdout
-
-        def ask() -> Timed:
-            print(file=process.stdin, flush=True)
-            return Timed(*map(float, process.stdout.readline().split()))
-
-        yield ask
+def serve_bare(case: Case, heap: str) -> None:
+    if heap == "kept":
+        keep_freed_memory()
+    for line in sys.stdin:
+        start, stop = map(int, line.split())
+        began = Seconds.now()
+        run_bare(case.model, case.batches[start:stop])
+        print(*Seconds.now().since(began), flush=True)
 
 
-def compare(case: Case, bare_apart: Callable[[], Timed], cache: Path, repeats: int) -> str:
+class Turns:
+    """The harvest's seconds; halts it before a batch, until the bare forwards have caught up with it."""
+
+    def __init__(self, others: list[Bare], size: int | None) -> None:
+        self._others, self._size = others, size
+        self._came, self._compared = 0, 0
+        self.took, self.halted = NONE, 0.0
+        self._began = Seconds.now()
+
+    def before_batch(self, *_: object) -> None:
+        if self._size and self._came >= self._compared + self._size:
+            began = time.perf_counter()
+            self.halt()
+            self.halted += time.perf_counter() - began
+        self._came += 1
+
+    def halt(self) -> None:
+        self.took = self.took.plus(Seconds.now().since(self._began))
+        rest = wait_until_quiet()
+        self.took = self.took.plus(Seconds(rest, rest))
+        for other in self._others:
+            other.run(self._compared, self._came)
+        self._compared = self._came
+        self._began = Seconds.now()
+
+
+def wait_until_quiet() -> float:
+    """Seconds of the processor that this process's threads take until they rest."""
+    began = time.process_time()
+    while True:
+        before = time.process_time()
+        time.sleep(QUIET)
+        if time.process_time() - before < QUIET / 10:
+            return time.process_time() - began
+
+
+def compare(number: int, case: Case, cache: Path, turn: int) -> str:
     """One line of the table."""
     tokens = sum(int(batch.keep.sum()) for batch in case.batches)
-    bare, whole, apart, reports = [], [], [], []
-    for number in range(repeats + 1):
-        apart.append(bare_apart())
-        # a new folder: ext4 looks for files of its own in vain, where as many were deleted just before
-        whole.append(timed(lambda to=cache / str(number): reports.append(run_harvest(case, to))))
-        bare.append(timed(lambda: run_bare(case)))
-        assert sum(reports[-1].tokens.values()) == tokens, "not the same tokens"
-    bare, whole, apart, reports = bare[1:], whole[1:], apart[1:], reports[1:]
-    waited = [
-        median(report.seconds[name] / ours.clock for report, ours in zip(reports, whole, strict=True))
-        for name in WAITS
-    ]
-    pairs = [*zip(bare, whole, strict=True)]
-    cells = [case.name, *(f"{tokens / median(one.clock for one in times):.0f}" for times in (bare, whole))]
-    cells.append(f"{median(one.clock / ours.clock for one, ours in pairs):.3f}")
-    cells.append(f"{median(one.processor / ours.processor for one, ours in pairs):.3f}")
-    cells.append(f"{median(one.clock / ours.clock for one, ours in zip(apart, whole, strict=True)):.3f}")
-    return f"| {' | '.join([*cells, *(f'{share:.1%}' for share in waited)])} |"
+    on_device = case.model.device.type != "cpu"
+    config = HarvestConfig(**{**vars(case.config), "cache": cache})
+    with ExitStack() as stack:
+        others = [stack.enter_context(Bare(number, heap)) for heap in ("torch", "kept")]
+        turns = Turns(others, None if on_device else turn)
+        stack.callback(case.model.body.register_forward_pre_hook(turns.before_batch).remove)
+        report = harvest_rows(config, case.rows, case.model)
+        turns.halt()
+    assert sum(report.tokens.values()) == tokens, "not the same tokens"
+    cells = [case.name, *(f"{tokens / took.clock:.0f}" for took in (others[0].took, turns.took))]
+    for other in others:
+        cells += [f"{mine / ours:.3f}" for mine, ours in zip(other.took, turns.took, strict=True)]
+    waits = shares(report, turns)
+    return f"| {' | '.join([*cells, *(f'{waits[name]:.1%}' for name in WAITS)])} |"
 
 
-def run_bare(case: Case) -> None:
-    device = case.model.device
-    dtype = next(case.model.body.parameters()).dtype
-    for batch in case.batches:
+def shares(report: HarvestReport, turns: Turns) -> dict[str, float]:
+    """Of its time that the harvest waited; it is halted while it waits for the device."""
+    halted = {"device": turns.halted}
+    return {name: (report.seconds[name] - halted.get(name, 0)) / turns.took.clock for name in WAITS}
+
+
+def run_bare(model: LoadedModel, batches: list[Batch]) -> None:
+    dtype = next(model.body.parameters()).dtype
+    for batch in batches:
         inputs = {
-            name: value.to(device, dtype if value.is_floating_point() else None)
+            name: value.to(model.device, dtype if value.is_floating_point() else None)
             for name, value in batch.inputs.items()
         }
         with torch.inference_mode():
-            case.model.body(**inputs, use_cache=False)
-    if device.type == "cuda":
+            model.body(**inputs, use_cache=False)
+    if model.device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def run_harvest(case: Case, cache: Path) -> HarvestReport:
-    config = HarvestConfig(**{**vars(case.config), "cache": cache})
-    return harvest_rows(config, case.rows, case.model)
-
-
-def timed(work: Callable[[], None]) -> Timed:
-    began, spent = time.perf_counter(), time.process_time()
-    work()
-    return Timed(time.perf_counter() - began, time.process_time() - spent)
 
 
 def save_llama(folder: Path, layers: int) -> None:
