@@ -6,9 +6,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from ..stopwatch import Stopwatch
 from . import layout
@@ -67,12 +68,13 @@ class Encoders:
             with self._watch.measure("encode"):
                 return [write(*file) for file in sealed.layer_files(site, index, stream.sums[site])]
 
+        def write_sum(file: tuple[str, npt.NDArray[Any]]) -> str:
+            path, array = file
+            return write(path, (encode_chunk(array),))
+
         tokens = [write(*file) for file in sealed.token_files()]
         layers = self._each(write_layer, sealed.window.places)
-        sums = [
-            write(path, (encode_chunk(array),))
-            for path, array in stream.statistics(sealed.split, sealed.number)
-        ]
+        sums = self._each(write_sum, stream.statistics(sealed.split, sealed.number))
         return chain(tokens, *layers, sums)
 
     def _each(self, work: Callable[[Item], Done], items: Iterable[Item]) -> list[Done]:
