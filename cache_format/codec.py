@@ -5,8 +5,7 @@ blosc (byte shuffle, zstd) and crc32c.
 """
 
 import struct
-import threading
-from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from zstandard import ZstdCompressor, ZstdDecompressor, ZstdError
 
 from .errors import DamagedCacheError
 from .huffman import encode_noise
+from .per_thread import PerThread
 
 Array = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]
@@ -44,7 +44,8 @@ _BLOSC = Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE)  # reads what `enc
 _BLOSC_HEAD = struct.Struct("<4B3I")
 _BLOSC_SHUFFLED_ZSTD, _BLOSC_STORED = 0x81, 0x03
 _BLOSC_SPLITTABLE = 128  # blosc reads no shorter streams
-_LOCAL = threading.local()
+_compressor = PerThread(partial(ZstdCompressor, level=1, write_checksum=True, write_content_size=True))
+_decompressor = PerThread(ZstdDecompressor)
 
 ZSTD_JSON = {"name": "zstd", "configuration": {"level": 1, "checksum": True}}
 BYTES_JSON = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -69,7 +70,7 @@ def encode_chunks(chunks: Array) -> Frames:
     if chunks.dtype == np.int8:
         sizes, data = encode_noise(chunks, checksum=True)
         return Frames(sizes, [data])
-    frames = _compress(_kept("compressor", _compressor), chunks)
+    frames = _compress(_compressor(), chunks)
     # few parts: what Python does for each takes as long as encoding a small frame
     return Frames([len(frame) for frame in frames], frames if len(frames) == 1 else [b"".join(frames)])
 
@@ -123,17 +124,6 @@ def _checked(parts: tuple[Stored, ...]) -> tuple[Stored, ...]:
     return (*parts, check.to_bytes(4, "little"))
 
 
-def _kept(name: str, make: Callable[[], Any]) -> Any:
-    """This thread's own; `make` makes it."""
-    if name not in _LOCAL.__dict__:
-        setattr(_LOCAL, name, make())
-    return getattr(_LOCAL, name)
-
-
-def _compressor() -> ZstdCompressor:
-    return ZstdCompressor(level=1, write_checksum=True, write_content_size=True)
-
-
 def decode_chunk(stored: memoryview, out: Array) -> None:
     """Fill the contiguous array `out` from the stored bytes; DamagedCacheError on any altered byte."""
     try:
@@ -151,7 +141,7 @@ def _decode_zstd(stored: memoryview, out: Array) -> None:
     if out.nbytes > SMALL:
         _ZSTD.decode(stored, out)
         return
-    data = _kept("decompressor", ZstdDecompressor).decompress(stored, allow_extra_data=False)
+    data = _decompressor().decompress(stored, allow_extra_data=False)
     out.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
 
 

@@ -5,12 +5,14 @@ the hashes of its search, which then finds hardly a match: frames of other bytes
 """
 
 import threading
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 from zstandard import STRATEGY_FAST, ZstdCompressionParameters, ZstdCompressor
 
 from .compiled import COMPILED
+from .per_thread import PerThread
 
 if COMPILED:
     from . import _huffman
@@ -27,7 +29,7 @@ def encode_noise(chunks: Noise, checksum: bool) -> tuple[list[int], bytes | memo
     """Sizes of the frames of `chunks` (chunk, ...), and the frames, one behind the other, in memory that this
     thread's next call uses again."""
     if not COMPILED or chunks[0].size < FEW:
-        frames = [_library(checksum).compress(np.ascontiguousarray(chunk).data) for chunk in chunks]
+        frames = [_LIBRARY[checksum]().compress(np.ascontiguousarray(chunk).data) for chunk in chunks]
         return [len(frame) for frame in frames], b"".join(frames)
     return encode_together(chunks, checksum)
 
@@ -49,10 +51,8 @@ def _room(size: int) -> npt.NDArray[np.uint8]:
 
 
 def _library(checksum: bool) -> ZstdCompressor:
-    """This thread's."""
-    made: dict[bool, ZstdCompressor] = _LOCAL.__dict__.setdefault("compressors", {})
-    if checksum not in made:
-        parameters = ZstdCompressionParameters(
+    return ZstdCompressor(
+        compression_params=ZstdCompressionParameters(
             strategy=STRATEGY_FAST,
             window_log=18,
             hash_log=6,
@@ -61,5 +61,7 @@ def _library(checksum: bool) -> ZstdCompressor:
             min_match=7,
             write_checksum=checksum,
         )
-        made[checksum] = ZstdCompressor(compression_params=parameters)
-    return made[checksum]
+    )
+
+
+_LIBRARY = {checksum: PerThread(partial(_library, checksum)) for checksum in (False, True)}

@@ -3,19 +3,20 @@
 A call for each would cost as much as its frame, and two changes of the thread that Python runs.
 """
 
-import threading
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from zstandard import ZstdDecompressor, ZstdError
 
+from .per_thread import PerThread
+
 AT_ONCE = 1 << 18
 """Decoded bytes of a call."""
 
 _CHECKSUM = 1 << 2
 """In a frame's descriptor, its fifth byte (RFC 8878, 3.1.1.1.1): a checksum of its content follows it."""
-_LOCAL = threading.local()
+_decompressor = PerThread(ZstdDecompressor)
 
 
 def decode_frames(frames: list[bytes], out: npt.NDArray[Any], places: list[int]) -> bool:
@@ -37,11 +38,3 @@ def decode_frames(frames: list[bytes], out: npt.NDArray[Any], places: list[int])
         data = b"".join(found[n].tobytes() for n in range(len(found)))
         out[places[first : first + step]] = np.frombuffer(data, out.dtype).reshape(-1, *out.shape[1:])
     return True
-
-
-def _decompressor() -> ZstdDecompressor:
-    """This thread's."""
-    if not hasattr(_LOCAL, "decompressor"):
-        _LOCAL.decompressor = ZstdDecompressor()
-    decompressor: ZstdDecompressor = _LOCAL.decompressor
-    return decompressor

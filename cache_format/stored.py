@@ -63,7 +63,10 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest, from the root's attributes; CacheError where there is none that this version reads."""
     path = folder / ROOT
     if not path.is_file():
-        raise CacheError(f"{folder} is no cache: expected a file {ROOT} in it, found none")
+        raise CacheError(
+            f"{folder} is no cache: expected a file {ROOT} in it, found none; "
+            "name a folder that `clt harvest` wrote"
+        )
     try:
         attribute = parse_json(path.read_bytes())["attributes"]["clt"]
     except (ValueError, KeyError, TypeError) as fault:

@@ -47,7 +47,7 @@ def test_every_command_has_help(command: str) -> None:
         ),
         (["info", "nowhere"], "nowhere is no cache"),
         (["verify", "nowhere"], "nowhere is no cache"),
-        (["eval", "nowhere"], "nowhere holds no checkpoint; expected a run folder"),
+        (["eval", "nowhere"], "nowhere holds no checkpoint: expected a run folder"),
         (["harvest", "./nowhere", "data.jsonl", "c"], "dataset 'data.jsonl': expected a file"),
         (["harvest", "m", "d", "c", "--window", "7"], "--window: expected a multiple of 64, found 7"),
         (["train", "c", "--run-name", "y", "--k", "0"], "--k: expected at least 1, found 0"),

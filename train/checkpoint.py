@@ -217,7 +217,10 @@ def checkpoint_folder(path: Path) -> Path:
     if (path / "shape.json").exists():
         return path
     if not (path / LATEST).exists():
-        raise ValueError(f"{path} holds no checkpoint; expected a run folder with a file `{LATEST}`")
+        raise ValueError(
+            f"{path} holds no checkpoint: expected a run folder with a file `{LATEST}`, found none; "
+            "name one that `clt train` wrote"
+        )
     return checkpoint_folder(path / LATEST)
 
 
