@@ -12,7 +12,7 @@ def keep_freed_memory() -> None:
     """From now on blocks up to LARGEST are reused, and what is freed stays with the process.
 
     By default glibc may give each large block back to the kernel, and every page of the next one costs a
-    fault: up to a tenth of a forward pass on a CPU (`benchmarks/bench_harvest.py`). The process holds on to
+    fault: some tenth of a forward pass on a CPU (`benchmarks/bench_harvest.py`). The process holds on to
     the most that it used at a time. Without glibc nothing happens.
     """
     library = ctypes.CDLL(None)
