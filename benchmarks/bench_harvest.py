@@ -117,14 +117,14 @@ def cases(folder: Path, asked: argparse.Namespace) -> Iterator[Case]:
     yield prepare("demo, CPU", demo, asked.tokens)
     if torch.cuda.is_available():
         save_llama(folder / "llama", asked.cuda_layers)
-        save_texts(folder / "texts.jsonl", 40 * asked.tokens)
+        save_texts(folder / "texts.jsonl", 16 * asked.tokens)
         llama = HarvestConfig(
             model=str(folder / "llama"), dataset=str(folder / "texts.jsonl"), dtype="bfloat16", **common
         )
         yield prepare(
             f"Llama of 7B's shape, {asked.cuda_layers} layers, {torch.cuda.get_device_name()}",
             llama,
-            20 * asked.tokens,
+            8 * asked.tokens,
         )
 
 
