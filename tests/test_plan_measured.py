@@ -51,9 +51,12 @@ def test_bytes_are_within_2_percent_of_a_harvest(precision: str, divisor: int, d
 
 @pytest.mark.slow
 def test_memory_is_within_10_percent_of_a_run(demo: Path, tmp_path: Path) -> None:
-    """The demo's transcoder of 259 M parameters under Adam, for two steps and the held-out numbers."""
+    """The demo's transcoder of 259 M parameters under Adam, for two steps and the held-out numbers.
+
+    Buffers are small, for both have to be filled: memory that nobody has touched is not taken.
+    """
     cache = harvest(demo, "int8", 8)
-    options = ("--batch-tokens", 512, "--threads", 2)
+    options = ("--batch-tokens", 512, "--threads", 2, "--buffer-tokens", 2048)
     peak = train_peak(cache, tmp_path / "run", *options, "--steps", 2, "--exclude", "bos,sink").peak
     told = json.loads(clt("plan", demo / "model", "--cache", cache, *options, "--json"))
     assert told["training"]["memory_adam"]["one_machine"] == pytest.approx(peak, rel=0.1)
